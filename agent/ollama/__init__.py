@@ -1,0 +1,1 @@
+"""What SOLLOL knows of Ollama itself: names, client."""

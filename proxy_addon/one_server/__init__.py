@@ -1,0 +1,1 @@
+"""The endpoints that concern the whole fleet: answered from its state or fanned out."""

@@ -1,0 +1,1 @@
+"""A llama-server behind the Ollama API. Imports ``agent`` only."""
