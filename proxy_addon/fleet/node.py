@@ -1,0 +1,123 @@
+"""A node as the proxy knows it, and the fleet of them: plain data, no I/O.
+
+``watch.py`` fills in what the polls bring, ``route.py`` takes and drops flights, ``health.py`` decides about
+ejection; everything else only reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agent.report import Model, NodeKind, Report, Resident
+from proxy_addon.fleet.health import Health
+
+if TYPE_CHECKING:
+    from proxy_addon.ask import Ask
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """One request in flight on a node. Made by :meth:`Node.take`, ended by :meth:`drop`, once."""
+
+    node: Node
+    ask: Ask
+    started_s: float
+    expected_s: float  #: the decision's whole estimate, queue wait and load included
+    first_byte_s: float | None = None
+    load: bool = False  #: the decision expects this request to load its model
+
+    def drop(self) -> None:
+        """Take the request off the node; harmless the second time."""
+        self.node.flights.discard(self)
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One Ollama server (or coordinator) of the fleet. Times are ``loop.time()`` seconds."""
+
+    host: str
+    port: int
+    kind: NodeKind = "ollama"
+    agent_url: str | None = None
+    source: str = "config"  #: who named it: config, --nodes, OLLAMA_HOST, mdns, dns, local
+    parallel: int = 1  #: OLLAMA_NUM_PARALLEL; Ollama does not report it, default 1
+    priority: int = 5  #: only the policy ``score`` reads it, as the seed does
+    preferred_tasks: frozenset[str] = frozenset()
+
+    version: str | None = None
+    models: dict[str, Model] = field(default_factory=dict)  #: by canonical name
+    resident: dict[str, Resident] = field(default_factory=dict)  #: by canonical name
+    report: Report | None = None
+    report_s: float | None = None  #: when the report arrived
+    polled_s: float | None = None  #: last good poll of its Ollama
+    poll_error: str | None = None
+    poll_latency_s: float | None = None
+    health: Health = field(default_factory=Health)
+    flights: set[Flight] = field(default_factory=set)
+    loaded_with: dict[str, tuple[tuple[str, object], ...]] = field(default_factory=dict)
+    #: canonical name → the reload key of the last request that we sent there for it
+
+    @property
+    def name(self) -> str:
+        """``host:port``, the node's identity towards users, unique in a fleet."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL of its Ollama."""
+        return f"http://{self.name}"
+
+    def up(self, now_s: float) -> bool:
+        """Whether it answered its last poll and is not ejected."""
+        return self.polled_s is not None and self.poll_error is None and not self.health.ejected(now_s)
+
+    def take(self, ask: Ask, now_s: float, expected_s: float, load: bool = False) -> Flight:
+        """Count a request as in flight here until its handle is dropped."""
+        flight = Flight(self, ask, now_s, expected_s, load=load)
+        self.flights.add(flight)
+        return flight
+
+
+@dataclass(eq=False, slots=True)
+class Fleet:
+    """All nodes by name, and who wants to know when one is lost."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    on_lost: list[Callable[[Node, str], None]] = field(default_factory=list)
+    #: called with (node, reason) when a node stops answering polls: what it holds unanswered must move
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    def add(self, node: Node) -> Node:
+        """Add ``node``, or return the one already known under its name."""
+        return self.nodes.setdefault(node.name, node)
+
+    def find(self, host: str, port: int) -> Node | None:
+        """The node that listens at ``host:port``, None for any other address."""
+        return self.nodes.get(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+    def up(self, now_s: float) -> list[Node]:
+        """The nodes that may be sent work."""
+        return [node for node in self if node.up(now_s)]
+
+    def holders(self, key: str, now_s: float) -> list[Node]:
+        """Nodes that are up and store the model ``key`` (canonical) at the digest the fleet serves."""
+        return [n for n in self.up(now_s) if key in n.models and n.models[key].digest == self.digest(key)]
+
+    def digest(self, key: str) -> str | None:
+        """The digest that the fleet serves for ``key``: the newest, where nodes differ."""
+        rows = [node.models[key] for node in self if key in node.models and node.poll_error is None]
+        return max(rows, key=lambda row: row.modified_at).digest if rows else None
+
+    def lost(self, node: Node, reason: str) -> None:
+        """Tell everybody who waits for ``node`` that it is gone."""
+        for callback in self.on_lost:
+            callback(node, reason)
+
+
+def names(nodes: Iterable[Node]) -> str:
+    """``nodes`` for a sentence: their names, comma-separated."""
+    return ", ".join(node.name for node in nodes) or "none"

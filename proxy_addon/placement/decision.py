@@ -1,0 +1,56 @@
+"""A placement as a value: the node, every candidate with every term, and the reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One node as the policy saw it. ``excluded`` says why it may not serve; then it has no cost."""
+
+    node: str
+    excluded: str | None = None
+    cost: float = float("inf")  #: what the policy minimises: seconds for finish_time, −score for score, …
+    terms: dict[str, float] = field(default_factory=dict)  #: wait_s, load_s, prefill_s, decode_s, failure_s
+    notes: tuple[str, ...] = ()  #: "resident", "reload: num_ctx 4096 → 8192", "CPU offload 40 %", …
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where one attempt of a request goes and why. ``node`` is None where nobody may serve it."""
+
+    policy: str
+    node: str | None
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The winning candidate."""
+        return next((c for c in self.candidates if c.node == self.node), None)
+
+    @property
+    def expected_s(self) -> float:
+        """The estimate of the whole request on the chosen node, seconds; 0 where the policy has none."""
+        return sum(self.chosen.terms.values()) if self.chosen and self.policy == "finish_time" else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""
+        return {
+            "policy": self.policy,
+            "node": self.node,
+            "reason": self.reason,
+            "candidates": [
+                {"node": c.node, "excluded": c.excluded}
+                if c.excluded
+                else {
+                    "node": c.node,
+                    "cost": round(c.cost, 6),
+                    "terms": {name: round(value, 6) for name, value in c.terms.items()},
+                    "notes": list(c.notes),
+                }
+                for c in self.candidates
+            ],
+        }
