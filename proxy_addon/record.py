@@ -1,0 +1,89 @@
+"""A flow's own record: where the addons meet. Nothing of it is stored in the flow, which may be saved."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from mitmproxy import http
+
+from proxy_addon.ask import Ask
+from proxy_addon.endpoints import Endpoint, Protocol
+from proxy_addon.fleet.node import Flight
+from proxy_addon.placement.decision import Decision
+
+
+@dataclass(slots=True)
+class FinalStats:
+    """What the last object of an answer says of the work done. Seconds; None where the protocol is silent."""
+
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    load_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    total_s: float | None = None
+    done_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try on one node: when, and how it ended (``ok``, or the retry table's word for the failure)."""
+
+    node: str
+    started_s: float
+    ended_s: float | None = None
+    outcome: str | None = None
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Stream:
+    """An answer that the proxy itself makes, piece by piece: its head, and the bytes as they come.
+
+    The iterator is closed (``aclose``) when the client leaves.
+    """
+
+    head: http.Response
+    chunks: AsyncIterator[bytes]
+
+
+@dataclass(slots=True)
+class Record:
+    """One request on its way through the chain. Times are ``loop.time()`` seconds."""
+
+    id: str
+    protocol: Protocol
+    started_s: float
+    client: str  #: address of the client, without port
+    endpoint: Endpoint | None = None
+    ask: Ask | None = None
+    decisions: list[Decision] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    flight: Flight | None = None
+    stream: Stream | None = None  #: set by an addon in place of flow.response, for a streamed answer
+    early: bool = False  #: flow.response was set in requestheaders: answer now, discard the body
+    first_byte_s: float | None = None
+    ended_s: float | None = None
+    stats: FinalStats | None = None
+    outcome: str | None = None  #: ok, refused, client_left, failed, cut, …
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+_RECORDS: WeakKeyDictionary[http.HTTPFlow, Record] = WeakKeyDictionary()
+
+
+def of(flow: http.HTTPFlow) -> Record | None:
+    """The record of ``flow``, None for a flow that the chain has not seen."""
+    return _RECORDS.get(flow)
+
+
+def open_for(flow: http.HTTPFlow, protocol: Protocol, now_s: float) -> Record:
+    """Begin the record of ``flow`` under a fresh request id (16 hex digits)."""
+    peer = flow.client_conn.peername
+    record = Record(secrets.token_hex(8), protocol, now_s, peer[0] if peer else "")
+    _RECORDS[flow] = record
+    return record
