@@ -1,0 +1,312 @@
+"""Every setting of the proxy: one typed tree, the same names in ``sollol.yaml``, ``SOLLOL_*`` and ``--set``.
+
+Later sources win: defaults, file, variables (``SOLLOL_TIMEOUTS__CONNECT_S=5``), ``--set``, flags. Units are
+in the names. :func:`load` reads them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from mitmproxy.proxy import mode_specs
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from agent.report import NodeKind
+from proxy_addon.settings_sources import Layer, SettingsError, dotted, from_file, from_pairs, from_variables
+
+__all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "load"]
+
+OLLAMA_PORT = 11434
+PREFIX = "SOLLOL_"
+#: Variables of the other parts (and of the command line), which share the prefix.
+FOREIGN = re.compile(r"SOLLOL_(AGENT_(?!TOKEN$)|SHARD_|DEMO_|BENCH_|TEST_|URL$|CONFIG$)")
+FLAGS = {"--listen": "listen", "--nodes": "nodes", "--mode": "modes", "--state-dir": "state_dir"}
+MODES = ("regular", "socks5", "transparent", "reverse")  #: those in which the guard knows what is asked
+
+Policy = Literal["finish_time", "score", "least_loaded", "round_robin"]
+
+
+def _split(value: Any) -> Any:
+    """A list may be written as one text with commas: variables and flags have nothing else."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _known_mode(spec: str) -> str:
+    try:
+        mode = mode_specs.ProxyMode.parse(spec)
+    except ValueError as exc:
+        raise ValueError(f"should be a mode such as regular@8080 ({exc})") from exc
+    if mode.type_name not in MODES:
+        raise ValueError(f"should be one of the modes {', '.join(MODES)}")
+    return spec
+
+
+Mode = Annotated[str, AfterValidator(_known_mode)]
+Listed = BeforeValidator(_split)
+Names = Annotated[tuple[str, ...], Listed]
+Networks = Annotated[tuple[IPvAnyNetwork, ...], Listed]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """A table whose lines are all commented out is YAML's null."""
+        return {} if value is None else value
+
+
+class Address(_Part):
+    """A host and a port; written ``host:port``, ``[v6]:port``, ``:port`` or ``http://host:port``."""
+
+    host: str = Field(min_length=1)
+    port: int = Field(OLLAMA_PORT, ge=0, le=65535)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return _address(value) if isinstance(value, str) else value
+
+
+def _address(text: str) -> dict[str, Any]:
+    """Host and port of ``text``, by Ollama's reading of OLLAMA_HOST (``envconfig.Host``)."""
+    scheme, separator, rest = text.strip().rpartition("://")
+    if separator and scheme != "http":
+        raise ValueError("should be host:port of a plain HTTP server")
+    rest = rest.removesuffix("/")
+    default_port = "80" if separator else str(OLLAMA_PORT)
+    if rest.startswith("["):
+        host, bracket, tail = rest[1:].partition("]")
+        port = tail.removeprefix(":") or default_port
+        broken = not bracket or (tail and not tail.startswith(":"))
+    elif rest.count(":") > 1:
+        host, port, broken = rest, default_port, False
+    else:
+        host, _, port = rest.partition(":")
+        port = port or default_port
+        broken = False
+    if broken or not port.isdecimal() or any(c in "/?#@ " for c in host):
+        raise ValueError("should be host:port")
+    return {"host": host or "127.0.0.1", "port": port}
+
+
+class NodeSettings(Address):
+    """A node that is always part of the fleet."""
+
+    port: int = Field(OLLAMA_PORT, ge=1, le=65535)
+    kind: NodeKind = "ollama"
+    agent: str | None = Field(None, description="base URL of its agent; default http://HOST:11435")
+    parallel: PositiveInt = Field(1, description="its OLLAMA_NUM_PARALLEL, which Ollama does not report")
+    priority: int = Field(5, ge=1, le=10, description="only the policy score reads it")
+    preferred_tasks: Annotated[frozenset[str], Listed] = frozenset()
+
+    @field_validator("agent")
+    @classmethod
+    def _agent_url(cls, value: str | None) -> str | None:
+        return f"http://{value}" if value and "://" not in value else value
+
+
+class Discovery(_Part):
+    """Where nodes are found besides ``nodes``."""
+
+    mdns: bool = True
+    ollama_host: bool = Field(True, description="the server that $OLLAMA_HOST names")
+    localhost: bool = Field(True, description="this machine's Ollama")
+    dns_refresh_s: PositiveFloat = Field(30, description="how often names of nodes are resolved again")
+
+
+class Pull(_Part):
+    """What a pull without a target does."""
+
+    replicas: PositiveInt = Field(1, description="how many nodes a new model is pulled to")
+
+
+class Timeouts(_Part):
+    """Limits of one attempt on one node."""
+
+    connect_s: PositiveFloat = 2
+    first_byte_s: PositiveFloat = Field(120, description="to the first byte of an answer, model resident")
+    load_s: PositiveFloat = Field(600, description="added to first_byte_s where the model must be loaded")
+    idle_s: PositiveFloat = Field(300, description="between two pieces of a streamed answer")
+    whole_answer_s: PositiveFloat = Field(1800, description="to the head of an answer that is not streamed")
+
+
+class Retry(_Part):
+    """Other nodes after a failure. The budget bounds what a sick fleet is asked on top of the requests."""
+
+    attempts: PositiveInt = Field(4, description="tries of one request, the first one included")
+    backoff_s: NonNegativeFloat = Field(0.1, description="the first pause, once all candidates were tried")
+    backoff_max_s: NonNegativeFloat = 2
+    budget_ratio: NonNegativeFloat = Field(0.2, description="retries per request over budget_window_s")
+    budget_min_per_s: NonNegativeFloat = Field(3, description="retries that are always allowed")
+    budget_window_s: PositiveFloat = 10
+
+
+class Poll(_Part):
+    """The active look at every node."""
+
+    interval_s: PositiveFloat = 1
+    timeout_s: PositiveFloat = 3
+    failures_to_lose: PositiveInt = Field(2, description="failed polls in a row until a node counts as lost")
+
+
+#: Loopback, link-local, private (RFC 1918, RFC 4193), carrier-grade NAT (RFC 6598), which Tailscale uses.
+NEAR = (
+    *map(IPv4Network, ("127.0.0.0/8", "169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")),
+    IPv4Network("100.64.0.0/10"),
+    *map(IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),
+)
+
+
+class Guard(_Part):
+    """Who may ask, and what."""
+
+    clients: Networks = Field(NEAR, description="networks whose machines may ask")
+    hosts: Names = Field((), description="Host names that are let through besides this machine's own")
+    origins: Names = Field((), description="browser origins besides Ollama's defaults; * matches any text")
+    body_limit_bytes: PositiveInt = Field(100 << 20, description="of a request; blobs are not limited")
+    any_11434: bool = Field(False, description="proxy modes: let port 11434 of any host through")
+
+
+class Settings(_Part):
+    """The whole tree."""
+
+    listen: Address = Address(host="127.0.0.1", port=OLLAMA_PORT)
+    modes: Annotated[tuple[Mode, ...], Listed] = Field(
+        (), description="further modes, as mitmproxy writes them"
+    )
+    nodes: Annotated[tuple[NodeSettings, ...], Listed] = ()
+    discovery: Discovery = Discovery()
+    placement: Policy = "finish_time"
+    routing_metadata: Literal["headers", "body"] = "headers"
+    pull: Pull = Pull()
+    signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")
+    timeouts: Timeouts = Timeouts()
+    retry: Retry = Retry()
+    poll: Poll = Poll()
+    guard: Guard = Guard()
+    agent_token: SecretStr | None = Field(None, description="bearer token that the agents ask for")
+    state_dir: Path = Field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
+
+    @field_validator("signed_in_node")
+    @classmethod
+    def _node_name(cls, value: str | None) -> str | None:
+        return str(NodeSettings.model_validate(value)) if value else None
+
+    @field_validator("state_dir")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+def load(
+    config_path: Path | None,
+    env: Mapping[str, str],
+    sets: Sequence[str] = (),
+    flags: Mapping[str, str | Sequence[str]] | None = None,
+) -> Settings:
+    """The settings of all sources. ``config_path`` None: ``./sollol.yaml``, else the user's, if any.
+
+    ``flags`` are the command-line flags that stand for a setting (:data:`FLAGS`): ``{"--listen": ":80"}``.
+
+    Raises:
+        SettingsError: one sentence: the place (file and line, variable or argument), the key, the mistake.
+    """
+    path = config_path or _default_file(env)
+    layer = from_file(path) if path else Layer()
+    layer = from_variables(env, PREFIX, FOREIGN).over(layer)
+    layer = from_pairs(sets).over(layer)
+    for flag, value in (flags or {}).items():
+        layer.put((FLAGS[flag],), value, flag)
+    try:
+        return Settings.model_validate(layer.values)
+    except ValidationError as exc:
+        raise SettingsError(_sentence(exc.errors()[0], layer)) from exc
+
+
+def _default_file(env: Mapping[str, str]) -> Path | None:
+    home = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return next((p for p in (Path("sollol.yaml"), home / "sollol" / "sollol.yaml") if p.is_file()), None)
+
+
+def _xdg(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / default) / "sollol"
+
+
+def _sentence(error: ErrorDetails, layer: Layer) -> str:
+    key = error["loc"]
+    place = layer.place(key)
+    where = f"{place}: " if place else ""
+    if error["type"] == "extra_forbidden":
+        return f"{where}{dotted(key)} is not a setting{_hint(key)}"
+    if error["type"] == "missing":
+        return f"{where}{dotted(key)} is missing"
+    message = _MUST.get(error["type"]) or error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = "" if key[0] == "agent_token" else f", not {_short(error['input'])}"
+    return f"{where}{dotted(key)} {message}{shown}"
+
+
+#: pydantic's error types in plain words, where its own message is not plain.
+_MUST = {
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "should be a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    **dict.fromkeys(("tuple_type", "frozen_set_type"), "should be a list"),
+    **dict.fromkeys(("model_type", "model_attributes_type"), "should be a table of settings"),
+    "ip_any_network": "should be a network such as 10.0.0.0/8",
+    "string_type": "should be text",
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _hint(key: tuple[str | int, ...]) -> str:
+    """What the writer of an unknown key may have meant."""
+    names = _names()
+    wrong = str(key[-1]).lower()
+    parent = dotted(part for part in key[:-1] if isinstance(part, str))
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+    if close := difflib.get_close_matches(wrong, siblings, 1):
+        return f"; did you mean {close[0]}?"
+    if elsewhere := [name for name in names if name.rpartition(".")[2] == wrong]:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; there are {', '.join(sorted(siblings))}" if siblings else ""
+
+
+def _names(model: type[BaseModel] = Settings, above: str = "") -> list[str]:
+    """Every key of the tree, dotted; the keys of a list's entries stand below the list's own."""
+    found = []
+    for name, info in model.model_fields.items():
+        found.append(above + name)
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += _names(kind, f"{above}{name}.")
+    return found
