@@ -1,0 +1,45 @@
+# Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check fmt bench lock clean
+
+# The first python3 that runs: a shim of pyenv's may be on PATH and fail.
+PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+install: $(INSTALLED) ## make .venv with SOLLOL, its demo and what its tests need
+
+$(INSTALLED): pyproject.toml requirements.lock scripts/bootstrap.py scripts/uv.lock.txt
+	@test -n "$(PYTHON3)" || { echo "sollol: no python3 that runs is on PATH; install one (on Debian: apt-get install python3)."; exit 1; }
+	@$(PYTHON3) scripts/bootstrap.py
+	@touch $@
+
+demo: install ## three nodes and the proxy on this machine, with a real model
+	@$(BIN)/sollol demo $(ARGS)
+
+test: install ## all tests; ARGS='-k name' for some
+	@scripts/test_deps.sh
+	@$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+check: install ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/mypy scripts
+
+fmt: install ## format, and mend what lint can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: install ## measure what agent and proxy cost
+	@$(BIN)/python scripts/bench.py $(ARGS)
+
+lock: ## remake requirements.lock after a change to pyproject.toml; ARGS=--upgrade for newer versions
+	@$(PYTHON3) scripts/bootstrap.py lock $(ARGS)
+
+clean: ## remove what these targets made
+	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/e2e/js/node_modules
