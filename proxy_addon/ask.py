@@ -13,7 +13,7 @@ import orjson
 import zstandard
 
 from agent.ollama import names
-from proxy_addon.endpoints import Endpoint, Handling, Task
+from proxy_addon.endpoints import ENDPOINTS, Endpoint, Handling, Task
 
 BYTES_PER_TOKEN = 4.0  #: English text in common BPE vocabularies; learning corrects it per model
 TOKENS_PER_IMAGE = 768  #: between gemma3's 256 and llava's 2,880: an image is worth a long paragraph
@@ -21,6 +21,11 @@ ZSTD_LIMIT_BYTES = 20 << 20  #: Ollama's own cap on a decoded /v1 body
 
 #: Options that make Ollama reload a runner when they change (``server/sched.go`` ``needsReload``).
 RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+
+#: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
+_OPAQUE = frozenset(
+    e.path for e in ENDPOINTS if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
+)
 
 ReloadKey = tuple[tuple[str, Any], ...]
 
@@ -43,7 +48,12 @@ class Ask:
     key: str = ""  #: canonical name, "" where the endpoint needs no model
     stream: bool = False
     num_ctx: int | None = None
-    reload_key: ReloadKey = ()  #: the reload-forcing options that were set, sorted by name
+    reload_key: #: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
+_OPAQUE = frozenset(
+    e.path for e in ENDPOINTS if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
+)
+
+ReloadKey = ()  #: the reload-forcing options that were set, sorted by name
     prompt_tokens: int = 0  #: estimate
     max_tokens: int | None = None  #: the client's cap on output tokens
     keep_alive: Any = None
@@ -74,13 +84,10 @@ def parse(endpoint: Endpoint, path: str, headers: Mapping[str, str], content: by
     if endpoint.path == "/v1/audio/transcriptions":
         ask.prompt_tokens = len(content) // 4000  # 16 kHz PCM speech: about 3 tokens and 32 kB a second
         return _name(ask, _form_field(headers.get("content-type", ""), content, "model"))
-    if endpoint.path.startswith("/api/blobs/") or "POST" not in endpoint.methods | {"POST"} & endpoint.methods:
-        if endpoint.path != "/api/delete":
-            return ask
+    if endpoint.handling is Handling.ANSWER or endpoint.path in _OPAQUE:
+        return ask
     body = ask.body = _json(endpoint, headers, content)
     ask.stream = _typed(body, "stream", bool, endpoint.stream_default)
-    if endpoint.handling is Handling.PIN and endpoint.path != "/api/push":
-        return ask
     if endpoint.path == "/api/copy":
         return _name(ask, _typed(body, "source", str, ""), "source")
     _name(ask, _typed(body, "model", str, "") or _typed(body, "name", str, ""))
@@ -158,7 +165,9 @@ def _int(body: Mapping[str, Any], name: str) -> int | None:
 def _inference(ask: Ask, body: Mapping[str, Any]) -> None:
     options = _typed(body, "options", dict, {})
     ask.num_ctx = _int(options, "num_ctx")
-    ask.reload_key = tuple((name, options[name]) for name in sorted(RELOAD_OPTIONS) if options.get(name) is not None)
+    ask.reload_key = tuple(
+        (name, options[name]) for name in sorted(RELOAD_OPTIONS) if options.get(name) is not None
+    )
     native = ask.endpoint.protocol == "native"
     limit = _int(options, "num_predict") if native else None
     for name in () if native else ("max_tokens", "max_completion_tokens", "max_output_tokens"):

@@ -66,6 +66,12 @@ def response(
     return made
 
 
+def internal(protocol: Protocol, request_id: str) -> http.Response:
+    """The answer where SOLLOL itself failed; the traceback is in the log under ``request_id``."""
+    message = f"SOLLOL failed while it handled this request; its log says why (request id {request_id})"
+    return response(protocol, 500, message, request_id=request_id)
+
+
 def plain(status: int, text: str) -> http.Response:
     """The text/plain answer that Ollama's router gives for 404 and 405."""
     return http.Response.make(status, text, {"content-type": "text/plain"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ from mitmproxy import http
 
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
-from proxy_addon.fleet.node import Flight
+from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement.decision import Decision
 
 
@@ -64,13 +64,32 @@ class Record:
     decisions: list[Decision] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     flight: Flight | None = None
+    node: Node | None = None  #: the node of the attempt under way
+    sent_s: float | None = None  #: when that attempt began
+    excluded: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried in this round
+    hopeless: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried again at all
+    idle_closed: set[str] = field(default_factory=set)  #: nodes that had closed a kept connection
+    rounds: int = 0  #: how often every candidate was tried in vain
+    abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
+    left: bool = False  #: the client has gone
     stream: Stream | None = None  #: set by an addon in place of flow.response, for a streamed answer
-    early: bool = False  #: flow.response was set in requestheaders: answer now, discard the body
+    early: bool = False
+    placed: bool = False  #: the flow's address is a node that an addon chose; nothing else may be contacted
+    body_limit_bytes: int | None = None  #: a body that grows beyond is answered 413 at once
+    on_left: list[Callable[[], object]] = field(default_factory=list)  #: called when the client leaves
+    last_byte_s: float | None = None
     first_byte_s: float | None = None
     ended_s: float | None = None
     stats: FinalStats | None = None
     outcome: str | None = None  #: ok, refused, client_left, failed, cut, …
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def client_left(self) -> None:
+        """Tell whoever waits on this request's behalf that nobody wants the answer any more."""
+        self.left = True
+        callbacks, self.on_left = self.on_left, []
+        for callback in callbacks:
+            callback()
 
 
 _RECORDS: WeakKeyDictionary[http.HTTPFlow, Record] = WeakKeyDictionary()

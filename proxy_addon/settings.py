@@ -159,7 +159,7 @@ class Timeouts(_Part):
 class Retry(_Part):
     """Other nodes after a failure. The budget bounds what a sick fleet is asked on top of the requests."""
 
-    attempts: PositiveInt = Field(4, description="tries of one request, the first one included")
+    rounds: PositiveInt = Field(5, description="tries of every candidate until the client gets an error")
     backoff_s: NonNegativeFloat = Field(0.1, description="the first pause, once all candidates were tried")
     backoff_max_s: NonNegativeFloat = 2
     budget_ratio: NonNegativeFloat = Field(0.2, description="retries per request over budget_window_s")
@@ -176,7 +176,7 @@ class Poll(_Part):
 
 
 #: Loopback, link-local, private (RFC 1918, RFC 4193), carrier-grade NAT (RFC 6598), which Tailscale uses.
-NEAR = (
+NEAR: tuple[IPv4Network | IPv6Network, ...] = (
     *map(IPv4Network, ("127.0.0.0/8", "169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")),
     IPv4Network("100.64.0.0/10"),
     *map(IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),

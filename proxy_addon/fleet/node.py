@@ -58,6 +58,8 @@ class Node:
     flights: set[Flight] = field(default_factory=set)
     loaded_with: dict[str, tuple[tuple[str, object], ...]] = field(default_factory=dict)
     #: canonical name → the reload key of the last request that we sent there for it
+    full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
+    unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
 
     @property
     def name(self) -> str:
@@ -111,6 +113,14 @@ class Fleet:
         """The digest that the fleet serves for ``key``: the newest, where nodes differ."""
         rows = [node.models[key] for node in self if key in node.models and node.poll_error is None]
         return max(rows, key=lambda row: row.modified_at).digest if rows else None
+
+    def nobody_stores(self, key: str) -> bool:
+        """Whether no node that could be asked has the model ``key``: then it does not exist here."""
+        return not any(key in node.models for node in self)
+
+    def forget_model(self, node: Node, key: str) -> None:
+        """``node`` said that it has no model ``key``: its inventory was out of date."""
+        node.models.pop(key, None)
 
     def lost(self, node: Node, reason: str) -> None:
         """Tell everybody who waits for ``node`` that it is gone."""

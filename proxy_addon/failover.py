@@ -1,0 +1,102 @@
+"""What to do about a failed attempt: classify, tell the fleet, choose another node or give the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mitmproxy import http
+
+from proxy_addon import errors, record
+from proxy_addon.dispatch import Dispatch
+from proxy_addon.fleet.node import Node
+from proxy_addon.http_stream import Failure
+from proxy_addon.record import Record
+from proxy_addon.retry import Budget, Meaning, classify, may_retry
+
+FULL_S = 1.0  #: how long a node that said 503 is taken at its word
+UNFIT_S = 60.0  #: how long a model that did not fit a node is not offered to it again
+
+#: Failures that another round over the same nodes would only repeat.
+HOPELESS = frozenset({Meaning.STALE, Meaning.TOO_SMALL, Meaning.REFUSED})
+#: Failures that count against a node's health, and whether one is enough to eject it.
+UNHEALTHY = {Meaning.UNREACHABLE: True, Meaning.DIED: False, Meaning.BROKEN: False, Meaning.REFUSED: True}
+
+
+class Failover:
+    """Answers ``sollol_failure``."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        budget: Budget,
+        suspect: Callable[[Node], None],
+        on_retry: Callable[[str], None],
+    ) -> None:
+        self.dispatch = dispatch
+        self.budget = budget
+        self.suspect = suspect
+        self.on_retry = on_retry
+
+    async def sollol_failure(self, failure: Failure) -> None:
+        """Set ``failure.retry`` after pointing the flow elsewhere, or ``failure.response``.
+
+        Neither is set for an answer of the node's own that the client must see as it is.
+        """
+        flow, rec = failure.flow, record.of(failure.flow)
+        if rec is None or rec.endpoint is None or rec.node is None:
+            return
+        node, now_s = rec.node, self.dispatch.now()
+        detail = rec.abort_reason or one_line(failure.detail)
+        rec.abort_reason = None
+        meaning = classify(failure.phase, failure.status, failure.detail, rec.endpoint)
+        self.dispatch.release(flow, rec, meaning.value, detail)
+        idle_close = failure.reused and meaning is Meaning.DIED and node.name not in rec.idle_closed
+        if idle_close:
+            rec.idle_closed.add(node.name)  # it closed a kept connection: no fault, and worth one more try
+        else:
+            self._tell_fleet(node, rec, meaning, detail, now_s)
+        if meaning is Meaning.ANSWER:
+            return
+        if not may_retry(meaning, failure.phase, rec.endpoint, failure.replayable) or rec.ask is None:
+            failure.response = self._give_up(failure, rec, node, detail)
+            return
+        if not idle_close:
+            rec.excluded[node.name] = f"{meaning.value}: {detail}" if detail else meaning.value
+            if meaning in HOPELESS:
+                rec.hopeless[node.name] = rec.excluded[node.name]
+        if not self.budget.take(now_s):
+            failure.response = self._give_up(failure, rec, node, f"{detail}; the retry budget is spent")
+            return
+        self.on_retry(meaning.value)
+        answer = await self.dispatch.place(flow, rec)
+        if answer is None:
+            failure.retry = rec.placed and not rec.left
+        elif failure.phase == "status":
+            return  # the node's own words say more than ours
+        else:
+            failure.response = answer
+
+    def _tell_fleet(self, node: Node, rec: Record, meaning: Meaning, detail: str, now_s: float) -> None:
+        if meaning in UNHEALTHY:
+            node.health.failed(now_s, detail, fatal=UNHEALTHY[meaning])
+            self.suspect(node)
+        elif meaning is Meaning.FULL:
+            node.full_until_s = now_s + FULL_S
+        elif rec.ask is not None and meaning is Meaning.STALE:
+            self.dispatch.fleet.forget_model(node, rec.ask.key)
+            self.suspect(node)
+        elif rec.ask is not None and meaning is Meaning.TOO_SMALL:
+            node.unfit_until_s[rec.ask.key] = now_s + UNFIT_S
+
+    def _give_up(self, failure: Failure, rec: Record, node: Node, detail: str) -> http.Response | None:
+        if failure.phase == "status":
+            return None
+        rec.outcome = "failed"
+        message = f"node {node.name} failed: {detail or failure.phase}"
+        return errors.response(rec.protocol, 503, message, request_id=rec.id, headers={"retry-after": "2"})
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """``text`` fit for a log line: one line, bounded."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

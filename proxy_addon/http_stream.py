@@ -1,0 +1,423 @@
+"""One upstream attempt made replaceable: mitmproxy's HTTP layers with failover inside.
+
+mitmproxy is sans-io; an :class:`HttpStream` is one request as a generator of commands. The subclass here adds
+what a balancer needs and hooks alone cannot do: try another node before the client has seen a byte, answer
+early without buffering the body, serve a stream made by the proxy itself, and end a stream that was cut in
+the client's own protocol. It decides nothing: policy is asked through two hooks of our own,
+``sollol_failure`` and ``sollol_next_chunk``, which any addon may implement asynchronously.
+
+The overridden methods are private API, unchanged from mitmproxy 10.4 to 12.2; hence the pin in
+``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from time import time
+from typing import Any, Literal
+from weakref import WeakSet
+
+import h11
+from mitmproxy import flow as mitm_flow
+from mitmproxy import http
+from mitmproxy.connection import Server
+from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy.layers.http import (
+    DropStream,
+    GetHttpConnection,
+    HttpErrorHook,
+    HttpEvent,
+    HttpLayer,
+    HttpResponseHook,
+    HttpStream,
+    RequestData,
+    RequestEndOfMessage,
+    RequestHeaders,
+    RequestProtocolError,
+    ResponseData,
+    ResponseEndOfMessage,
+    ResponseHeaders,
+    ResponseProtocolError,
+    SendHttp,
+)
+from mitmproxy.proxy.layers.http import _http1
+from mitmproxy.proxy.layers.http._base import HttpCommand
+
+from proxy_addon import errors, record, relay
+
+Commands = Generator[commands.Command, Any, None]
+
+#: A refused upload is read on, so that the client gets to see the answer instead of a reset, up to here
+#: (nginx: ``lingering_close``).
+DISCARD_LIMIT_BYTES = 256 << 20
+
+Phase = Literal["connect", "reset", "status", "first_line", "empty"]
+
+
+@dataclass(eq=False)
+class Failure:
+    """An attempt that failed before the client saw a byte. The hook sets ``retry`` or ``response``."""
+
+    flow: http.HTTPFlow
+    phase: Phase
+    detail: str
+    status: int | None = None
+    reused: bool = False  #: the upstream connection had served an earlier request
+    replayable: bool = True  #: False: the request's body is gone, only an answer can be given
+    retry: bool = False  #: set: the flow's address was changed, send the request again
+    response: http.Response | None = None  #: set: what the client gets instead
+
+
+@dataclass
+class SollolFailureHook(commands.StartHook):
+    """Asks what to do about a failed attempt; may take its time (back-off)."""
+
+    failure: Failure
+
+
+@dataclass(eq=False)
+class NextChunk:
+    """A place for the next piece of an answer that the proxy itself streams; None ends it."""
+
+    flow: http.HTTPFlow
+    data: bytes | None = None
+
+
+@dataclass
+class SollolNextChunkHook(commands.StartHook):
+    """Asks for the next piece of ``record.stream``."""
+
+    chunk: NextChunk
+
+
+@dataclass
+class _ForgetUpstream(HttpCommand):
+    connection: Server
+
+
+class FleetStream(HttpStream):
+    """An HTTP stream whose upstream attempt can be replaced until the client has seen a byte."""
+
+    _reused = False
+    _answered = False  # the proxy has answered, whatever the upload still brings
+    _discarded_bytes = 0
+
+    def __init__(self, context: Any, stream_id: int) -> None:
+        super().__init__(context, stream_id)
+        self._held = bytearray()
+
+    # -- before the request is complete ---------------------------------------------------------------
+
+    def state_wait_for_request_headers(self, event: RequestHeaders) -> Commands:
+        """As the parent, but an answer set in ``requestheaders`` goes out now, the body is discarded."""
+        yield from super().state_wait_for_request_headers(event)
+        if self._answered:  # an upload whose node could not be reached
+            self.server_state = self.state_done
+        elif self.client_state == self.state_consume_request_body and self.flow.response is not None:
+            yield from self._answer(self.flow.response)
+
+    def start_request_stream(self) -> Commands:
+        """As the parent, but a node that cannot be reached is answered for instead of dropped."""
+        if not (yield from self.make_server_connection()):
+            return
+        head = RequestHeaders(self.stream_id, self.flow.request, end_stream=False)
+        yield SendHttp(head, self.context.server)
+        self.client_state = self.state_stream_request_body
+
+    def state_consume_request_body(self, event: events.Event) -> Commands:
+        """As the parent, but a body that outgrows the record's limit is answered 413 at once."""
+        if isinstance(event, RequestData):
+            rec = record.of(self.flow)
+            size = len(self.request_body_buf) + len(event.data)
+            if rec is not None and rec.body_limit_bytes is not None and size > rec.body_limit_bytes:
+                self.request_body_buf.clear()
+                too_large = f"the request body is larger than the limit of {rec.body_limit_bytes} bytes"
+                return (yield from self._answer(errors.response(rec.protocol, 413, too_large, request_id=rec.id)))
+        yield from super().state_consume_request_body(event)
+
+    def state_discard(self, event: HttpEvent) -> Commands:
+        """The request was answered: read the rest of its body away, then the connection is free again."""
+        if isinstance(event, RequestData):
+            self._discarded_bytes += len(event.data)
+            if self._discarded_bytes > DISCARD_LIMIT_BYTES:
+                yield commands.CloseConnection(self.context.client)
+        elif isinstance(event, RequestEndOfMessage):
+            self.client_state = self.state_done
+            yield from self.flow_done()
+
+    # -- answers made here ----------------------------------------------------------------------------
+
+    def _answer(self, response: http.Response) -> Commands:
+        """Send a complete response of the proxy's own, whether or not the request's body has come."""
+        self._answered = True
+        self.flow.response = response
+        response.timestamp_start = response.timestamp_end = time()
+        yield HttpResponseHook(self.flow)
+        self.server_state = self.state_done
+        if (yield from self.check_killed(False)):
+            return
+        content = response.raw_content
+        yield SendHttp(ResponseHeaders(self.stream_id, response, not content), self.context.client)
+        if content:
+            yield SendHttp(ResponseData(self.stream_id, content), self.context.client)
+        if self.client_state == self.state_done:
+            yield from self.flow_done()
+        else:
+            self.client_state = self.state_discard
+
+    def _serve(self, stream: record.Stream) -> Commands:
+        """Send an answer that comes piece by piece from ``stream``."""
+        self.flow.response = stream.head
+        stream.head.timestamp_start = time()
+        self.server_state = self.state_done
+        yield SendHttp(ResponseHeaders(self.stream_id, stream.head, False), self.context.client)
+        while True:
+            chunk = NextChunk(self.flow)
+            yield SollolNextChunkHook(chunk)
+            if self._client_left():
+                self.flow.error = mitm_flow.Error("client disconnected")
+                yield HttpErrorHook(self.flow)
+                self.client_state = self.state_errored
+                self.flow.live = False
+                yield DropStream(self.stream_id)
+                return
+            if chunk.data is None:
+                break
+            if chunk.data:
+                yield SendHttp(ResponseData(self.stream_id, chunk.data), self.context.client)
+        stream.head.timestamp_end = time()
+        yield HttpResponseHook(self.flow)
+        yield from self.flow_done()
+
+    # -- attempts -------------------------------------------------------------------------------------
+
+    def make_server_connection(self) -> Generator[commands.Command, Any, bool]:
+        """Connect to the chosen node, or to the next one; an answer of the proxy's own needs none."""
+        rec = record.of(self.flow)
+        if rec is not None and rec.stream is not None:
+            yield from self._serve(rec.stream)
+            return False
+        if rec is None or not rec.placed:
+            # A hook failed and mitmproxy logged it: without a placement the request must go nowhere.
+            yield from self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+            return False
+        while True:
+            conn, err = yield GetHttpConnection(
+                (self.flow.request.host, self.flow.request.port),
+                self.flow.request.scheme == "https",
+                self.flow.server_conn.via,
+                self.flow.server_conn.transport_protocol,
+            )
+            if (yield from self.check_killed(True)):
+                return False
+            if err is None:
+                self._reused = conn in _USED
+                _USED.add(conn)
+                self.context.server = self.flow.server_conn = conn
+                return True
+            failure = Failure(self.flow, "connect", err)
+            if not (yield from self._ask(failure)):
+                return False
+            if not failure.retry:
+                yield from self._answer(_final(failure))
+                return False
+
+    def _ask(self, failure: Failure) -> Generator[commands.Command, Any, bool]:
+        """Ask the policy about ``failure``. Returns False if the client has left meanwhile."""
+        yield SollolFailureHook(failure)
+        return not (yield from self.check_killed(True))
+
+    def _settle(self, failure: Failure) -> Commands:
+        """Do what the policy said: send the request to the node it chose, or give its answer."""
+        self._held.clear()
+        self.response_body_buf.clear()
+        if not failure.retry:
+            yield from self._answer(_final(failure))
+            return
+        self.flow.response = self.flow.error = None
+        self.server_state = self.state_wait_for_response_headers
+        if not (yield from self.make_server_connection()):
+            return
+        content = self.flow.request.raw_content
+        yield SendHttp(RequestHeaders(self.stream_id, self.flow.request, not content), self.context.server)
+        if content:
+            yield SendHttp(RequestData(self.stream_id, content), self.context.server)
+        yield SendHttp(RequestEndOfMessage(self.stream_id), self.context.server)
+
+    # -- the response ---------------------------------------------------------------------------------
+
+    def start_response_stream(self) -> Commands:
+        """Hold the head back until the body shows that the attempt is good."""
+        if self._replayable_request():
+            self.server_state = self.state_hold
+        else:
+            yield from super().start_response_stream()
+
+    def state_hold(self, event: HttpEvent) -> Commands:
+        """A response has begun: judge its first bytes, then let it through or replace it."""
+        ended = isinstance(event, ResponseEndOfMessage)
+        if isinstance(event, ResponseData):
+            self._held += event.data
+        verdict, detail = relay.judge(self.flow, self._held, ended)
+        if verdict == "wait":
+            return
+        if verdict == "release":
+            held = bytes(self._held)
+            self._held.clear()
+            yield from super().start_response_stream()
+            if held:
+                yield from self.server_state(ResponseData(self.stream_id, held))
+            if ended:
+                yield from self.server_state(event)
+            return
+        yield _ForgetUpstream(self.context.server)
+        failure = Failure(self.flow, verdict, detail, status=500)
+        if (yield from self._ask(failure)):
+            yield from self._settle(failure)
+
+    def send_response(self, already_streamed: bool = False) -> Commands:
+        """As the parent, but a node's complete error answer is first shown to the policy."""
+        assert self.flow.response
+        status = self.flow.response.status_code
+        if (
+            not already_streamed
+            and status >= 400
+            and self.server_state == self.state_consume_response_body
+            and self._replayable_request()
+        ):
+            text = self.flow.response.get_text(strict=False) or ""
+            failure = Failure(self.flow, "status", text, status)
+            if not (yield from self._ask(failure)):
+                return
+            if failure.retry or failure.response is not None:
+                yield from self._settle(failure)
+                return
+        yield from super().send_response(already_streamed)
+
+    def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> Commands:
+        """A node that dies: try another, or end the answer so that the client can tell."""
+        if isinstance(event, ResponseProtocolError) and self.client_state != self.state_errored:
+            if self.server_state in (
+                self.state_wait_for_response_headers,
+                self.state_consume_response_body,
+                self.state_hold,
+            ):
+                yield _ForgetUpstream(self.context.server)
+                replayable = self._replayable_request()
+                failure = Failure(self.flow, "reset", event.message, reused=self._reused, replayable=replayable)
+                if (yield from self._ask(failure)):
+                    yield from self._settle(failure)
+                return
+            if self.server_state == self.state_stream_response_body and self.client_state == self.state_done:
+                tail = relay.cut(self.flow, event.message)
+                if tail is not None:
+                    yield from self._end_cut_stream(event.message, tail)
+                    return
+        yield from super().handle_protocol_error(event)
+
+    def _replayable_request(self) -> bool:
+        """Whether the whole request is at hand, so that it can be sent once more."""
+        return self.client_state == self.state_done and not self.flow.request.stream
+
+    def _end_cut_stream(self, reason: str, tail: bytes) -> Commands:
+        """Append ``tail`` to an answer that broke off and end it well-framed."""
+        yield _ForgetUpstream(self.context.server)
+        self.flow.error = mitm_flow.Error(reason)
+        yield HttpErrorHook(self.flow)
+        self.server_state = self.state_done
+        self.flow.live = False
+        yield SendHttp(ResponseData(self.stream_id, tail), self.context.client)
+        yield DropStream(self.stream_id)
+        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+
+    def handle_event(self, event: events.Event) -> Commands:
+        """As the parent, but whoever waits in a hook for this client's sake is told at once that it left."""
+        if self._paused and isinstance(event, RequestProtocolError):
+            rec = record.of(self.flow)
+            if rec is not None:
+                rec.client_left()
+        yield from super().handle_event(event)
+
+
+def _final(failure: Failure) -> http.Response:
+    """The client's answer to a failure that is not retried; a policy that gave none has failed itself."""
+    if failure.response is not None:
+        return failure.response
+    rec = record.of(failure.flow)
+    return errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
+
+
+#: Upstream connections that have carried a request: a reset on one of them says nothing about the node,
+#: which may just have closed an idle connection.
+_USED: WeakSet[Server] = WeakSet()
+
+
+class FleetLayer(HttpLayer):
+    """The HTTP layer that makes :class:`FleetStream` and forgets upstream connections when told to."""
+
+    def make_stream(self, stream_id: int) -> Commands:
+        """As the parent, with our stream."""
+        self.streams[stream_id] = FleetStream(self.context.fork(), stream_id)
+        yield from self.event_to_child(self.streams[stream_id], events.Start())
+
+    def event_to_child(self, child: layer.Layer, event: events.Event) -> Commands:
+        """As the parent; also carries out :class:`_ForgetUpstream`."""
+        for command in super().event_to_child(child, event):
+            if isinstance(command, _ForgetUpstream):
+                # Its HTTP/1 state machine must go first: a late ConnectionClosed would hit the retried stream.
+                if self.connections.pop(command.connection, None) and command.connection.connected:
+                    yield commands.CloseConnection(command.connection)
+            else:
+                yield command
+
+    def get_connection(self, event: GetHttpConnection, *, reuse: bool = True) -> Commands:
+        """As the parent, but a failed connect is not remembered: the node may be back."""
+        for connection in [c for c in self.connections if isinstance(c, Server) and c.error]:
+            if connection not in self.waiting_for_establishment:
+                del self.connections[connection]
+        yield from super().get_connection(event, reuse=reuse)
+
+    def _handle_event(self, event: events.Event) -> Commands:
+        if (
+            isinstance(event, events.ConnectionEvent)
+            and event.connection not in self.connections
+            and event.connection is not self.context.server
+        ):
+            return  # the last words of a forgotten connection
+        yield from super()._handle_event(event)
+
+
+def install(next_layer: layer.NextLayer) -> None:
+    """Put :class:`FleetLayer` in place of an HttpLayer that ``next_layer`` has just chosen, however deep."""
+    candidate: Any = next_layer.layer
+    while candidate is not None:
+        if type(candidate) is HttpLayer:
+            candidate.__class__ = FleetLayer
+        candidate = getattr(candidate, "child_layer", None)
+
+
+class _WithoutTrailers:
+    """A body reader that drops trailers, as RFC 9110 §6.5.1 allows; mitmproxy raises on them and hangs."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __call__(self, buffer: Any) -> Any:
+        return self._bare(self._reader(buffer))
+
+    def read_eof(self) -> Any:
+        return self._bare(self._reader.read_eof())
+
+    @staticmethod
+    def _bare(event: Any) -> Any:
+        return h11.EndOfMessage() if isinstance(event, h11.EndOfMessage) and event.headers else event
+
+
+def _make_body_reader(expected_size: int | None) -> Any:
+    reader = _parent_body_reader(expected_size)
+    return _WithoutTrailers(reader) if expected_size is None else reader
+
+
+_parent_body_reader = _http1.make_body_reader
+_http1.make_body_reader = _make_body_reader

@@ -1,0 +1,217 @@
+"""The answer on its way to the client: judged at its first bytes, passed on as it comes, checked at its end.
+
+Nothing is buffered but what cannot be shown yet: the first line of a stream (an error there is still
+replaceable), an incomplete line (a node that dies in mid-line must not leave half an object behind), and an
+answer that is not a stream (it comes at once, at the end). The last pieces are kept by reference to read the
+final statistics; nothing is parsed per token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+import orjson
+from mitmproxy import http
+
+from proxy_addon import errors, record
+from proxy_addon.endpoints import Endpoint, Handling
+from proxy_addon.record import FinalStats
+
+#: A whole answer larger than this is let through before its end; so is a first or partial line.
+HOLD_WHOLE_BYTES = 32 << 20
+HOLD_LINE_BYTES = 64 << 10
+
+Framing = Literal["ndjson", "sse", "whole", "opaque"]
+Verdict = Literal["wait", "release", "first_line", "empty"]
+
+#: What the end of a complete stream contains. Escaped quotes cannot match inside a JSON string.
+_END = {
+    "/api/generate": rb'"done"\s*:\s*true|"error"\s*:',
+    "/api/chat": rb'"done"\s*:\s*true|"error"\s*:',
+    "/v1/chat/completions": rb"data: \[DONE\]|\"error\"\s*:",
+    "/v1/completions": rb"data: \[DONE\]|\"error\"\s*:",
+    "/v1/responses": rb"response\.(completed|failed|incomplete)|\"error\"\s*:",
+    "/v1/messages": rb"message_stop|event: error",
+}
+END = {path: re.compile(pattern) for path, pattern in _END.items()}
+
+_FRAMING: tuple[tuple[str, Framing], ...] = (
+    ("application/x-ndjson", "ndjson"),
+    ("text/event-stream", "sse"),
+    ("application/json", "whole"),
+)
+_SEPARATOR: dict[Framing, bytes] = {"ndjson": b"\n", "sse": b"\n\n"}
+
+
+def framing_of(response: http.Response) -> Framing:
+    """How an answer is divided, by its content type."""
+    content_type = response.headers.get("content-type", "")
+    return next((framing for prefix, framing in _FRAMING if content_type.startswith(prefix)), "opaque")
+
+
+def judge_start(framing: Framing, held: bytes | bytearray, ended: bool) -> tuple[Verdict, str]:
+    """Whether the first bytes of a 2xx answer may go to the client.
+
+    Returns ``wait`` until enough is there, ``release``, ``empty`` for a stream without a byte, or
+    ``first_line`` with the node's sentence for a stream that begins with an error.
+    """
+    if framing == "whole":
+        return ("release", "") if ended or len(held) > HOLD_WHOLE_BYTES else ("wait", "")
+    separator = _SEPARATOR.get(framing)
+    if separator is None:
+        return ("release", "") if held or ended else ("wait", "")
+    end = held.find(separator)
+    if end < 0 and not ended and len(held) <= HOLD_LINE_BYTES:
+        return "wait", ""
+    if not held:
+        return "empty", "the node ended its answer before it began"
+    text = _error_of(framing, bytes(held[: end if end >= 0 else len(held)]))
+    return ("first_line", text) if text is not None else ("release", "")
+
+
+def _error_of(framing: Framing, line: bytes) -> str | None:
+    """The node's sentence if ``line`` is an error object and nothing else, else None."""
+    if b'"error"' not in line:
+        return None
+    start = line.find(b"{")
+    try:
+        error = orjson.loads(line[start:]).get("error") if start >= 0 else None
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
+    if isinstance(error, dict):
+        error = error.get("message")
+    return str(error) if error else None
+
+
+def judge(flow: http.HTTPFlow, held: bytes | bytearray, ended: bool) -> tuple[Verdict, str]:
+    """:func:`judge_start` for the answer of ``flow``."""
+    rec, response = record.of(flow), flow.response
+    if rec is None or response is None or rec.endpoint is None or rec.endpoint.handling is not Handling.ROUTE:
+        return "release", ""
+    framing = framing_of(response)
+    if framing == "whole" and rec.ask is not None and rec.ask.stream:
+        framing = "ndjson" if rec.protocol == "native" else "opaque"
+    return judge_start(framing, held, ended)
+
+
+class Tee:
+    """What mitmproxy calls with every piece of a streamed answer, and with ``b""`` at its end."""
+
+    __slots__ = ("_end", "_last", "_now", "_partial", "_rec", "_separator", "dirty")
+
+    def __init__(self, rec: record.Record, framing: Framing, now: Callable[[], float]) -> None:
+        self._rec = rec
+        self._separator = _SEPARATOR.get(framing) if rec.ask is not None and rec.ask.stream else None
+        self._end = END.get(rec.endpoint.path) if rec.endpoint and self._separator else None
+        self._partial = b""
+        self._last: deque[bytes] = deque(maxlen=4)
+        self._now = now
+        self.dirty = False  #: the client has seen half a line
+
+    def __call__(self, data: bytes) -> bytes:
+        """Returns what the client is sent now."""
+        if not data:
+            return self._finish()
+        rec = self._rec
+        rec.last_byte_s = now_s = self._now()
+        if rec.first_byte_s is None:
+            rec.first_byte_s = now_s
+        separator = self._separator
+        if separator is not None and (self._partial or self.dirty or not data.endswith(separator)):
+            data = self._whole_lines(self._partial + data, separator)
+            if not data:
+                return b""
+        self._last.append(data)
+        return data
+
+    def _whole_lines(self, data: bytes, separator: bytes) -> bytes:
+        """What of ``data`` may go out: up to its last separator, or all of it if a line is too long to hold."""
+        found = data.rfind(separator)
+        cut = found + len(separator) if found >= 0 else 0
+        if len(data) - cut > HOLD_LINE_BYTES:
+            cut = len(data)
+        if cut:
+            self.dirty = not data[:cut].endswith(separator)
+        self._partial = data[cut:]
+        return data[:cut]
+
+    def _finish(self) -> bytes:
+        """The stream ended cleanly: say so if its final object is missing."""
+        rest, self._partial = self._partial, b""
+        if rest:
+            self._last.append(rest)
+        tail = self.tail
+        self._rec.stats = read_stats(tail)
+        if self._end is not None and not self._end.search(tail):
+            self._rec.outcome = "cut"
+            return rest + self.cut("the node ended its answer before the final object")
+        return rest
+
+    @property
+    def tail(self) -> bytes:
+        """The last pieces, joined."""
+        return b"".join(self._last)
+
+    def cut(self, reason: str) -> bytes:
+        """The bytes that end this stream after the node failed: on a line of its own, in its protocol."""
+        separator = self._separator or b"\n"
+        self._partial = b""
+        message = f"{reason} (request id {self._rec.id})"
+        return (separator if self.dirty else b"") + errors.stream_tail(self._rec.protocol, message, self._rec.id)
+
+
+def cut(flow: http.HTTPFlow, reason: str) -> bytes | None:
+    """The tail for a streamed answer whose node failed with ``reason``; None where the framing has no room.
+
+    A body with a Content-Length cannot be ended early in a way that a client would take for whole, so there
+    the connection is closed instead.
+    """
+    rec, response = record.of(flow), flow.response
+    if rec is None or response is None or not isinstance(response.stream, Tee):
+        return None
+    rec.outcome = "cut"
+    if "chunked" not in response.headers.get("transfer-encoding", "").lower():
+        return None
+    if rec.ask is None or not rec.ask.stream:
+        return None
+    node = rec.attempts[-1].node if rec.attempts else "the node"
+    return response.stream.cut(f"{node} failed in mid-answer: {reason}")
+
+
+_NUMBERS = re.compile(
+    rb'"(total_duration|load_duration|prompt_eval_count|prompt_eval_duration|eval_count|eval_duration|'
+    rb'prompt_tokens|completion_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
+)
+_REASON = re.compile(rb'"(?:done_reason|finish_reason|stop_reason)"\s*:\s*"([^"]*)"')
+_NS = 1e-9
+
+
+def read_stats(tail: bytes) -> FinalStats | None:
+    """The final statistics in the last bytes of an answer of any of the protocols; None if it has none.
+
+    By pattern, not by parsing: a final object can carry a context of megabytes, and its numbers come last.
+    """
+    found = {name.decode(): int(value) for name, value in _NUMBERS.findall(tail)}
+    reasons = _REASON.findall(tail)
+    if not found and not reasons:
+        return None
+
+    def seconds(name: str) -> float | None:
+        return found[name] * _NS if name in found else None
+
+    def count(*names: str) -> int | None:
+        return next((found[name] for name in names if name in found), None)
+
+    return FinalStats(
+        prompt_tokens=count("prompt_eval_count", "prompt_tokens", "input_tokens"),
+        output_tokens=count("eval_count", "completion_tokens", "output_tokens"),
+        load_s=seconds("load_duration"),
+        prefill_s=seconds("prompt_eval_duration"),
+        decode_s=seconds("eval_duration"),
+        total_s=seconds("total_duration"),
+        done_reason=reasons[-1].decode("ascii", "replace") if reasons else None,
+    )
+
