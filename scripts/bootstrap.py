@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 TOOLS = ROOT / ".tools"
 UV = TOOLS / "uv" / "bin" / "uv"
+SCRATCH = TOOLS / "scratch"
 UV_LOCK = ROOT / "scripts" / "uv.lock.txt"
 LOCK = ROOT / "requirements.lock"
 
@@ -28,8 +29,9 @@ LOCK = ROOT / "requirements.lock"
 SUPPORTED = ((3, 13), (3, 12))
 WANTED = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
 
+# A Python that was built without ssl is of no use.
 PROBE = (
-    "import json, platform, sys;"
+    "import json, platform, ssl, sys;"
     "print(json.dumps([sys.executable, sys.version_info[:2], sys.version_info[3],"
     " platform.python_implementation()]))"
 )
@@ -130,8 +132,8 @@ def own_pip() -> list[str]:
 
 def venv_pip() -> list[str]:
     """Return the pip of a fresh virtual environment, where Python carries one (ensurepip)."""
-    run(sys.executable, "-m", "venv", "--clear", TOOLS / "pip", quiet=True)
-    return [str(TOOLS / "pip" / "bin" / "python"), "-m", "pip"]
+    run(sys.executable, "-m", "venv", "--clear", SCRATCH / "venv", quiet=True)
+    return [str(SCRATCH / "venv" / "bin" / "python"), "-m", "pip"]
 
 
 def debian_pip() -> list[str]:
@@ -139,8 +141,7 @@ def debian_pip() -> list[str]:
 
     A Debian with `python3` alone has neither pip nor ensurepip, and often no CA certificates either.
     """
-    folder = TOOLS / "debian"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = SCRATCH / "debian"
     for part in ("lists/partial", "cache/archives/partial", "root"):
         (folder / part).mkdir(parents=True)
     apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
@@ -168,27 +169,23 @@ def install_uv() -> None:
             return
     except (OSError, subprocess.CalledProcessError):
         say(f"installing uv {pin} from PyPI into .tools")
-    TOOLS.mkdir(exist_ok=True)
-    shutil.rmtree(TOOLS / "uv", ignore_errors=True)
-    options = [
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-        "--target",
-        str(TOOLS / "uv"),
-    ]
+    shutil.rmtree(TOOLS, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
+    # pip checks the hashes of the file without being asked.
+    what = ["--quiet", "--only-binary=:all:", "--target", TOOLS / "uv", "-r", UV_LOCK]
     # Against what a user's own configuration of pip may say, and --target contradicts.
     settings = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    reasons = []
+    said = []
     for find_pip in (own_pip, venv_pip, debian_pip):
         try:
-            run(*find_pip(), "install", *options, "-r", UV_LOCK, quiet=True, settings=settings)
-            return
+            run(*find_pip(), "install", *map(str, what), quiet=True, settings=settings)
+            break
         except (OSError, subprocess.CalledProcessError) as error:
-            output = (getattr(error, "output", None) or str(error)).strip()
-            reasons.append(f"{find_pip.__name__}: {output.splitlines()[-1]}")
-    raise Failed("uv could not be installed from PyPI with any pip: " + "; ".join(reasons))
+            said.append(f"{find_pip.__name__}: {getattr(error, 'output', None) or error}".strip())
+    else:
+        print("\n".join(said), file=sys.stderr)
+        raise Failed("uv could not be installed from PyPI; above is what each pip said.")
+    shutil.rmtree(SCRATCH)
 
 
 def uv(*arguments: str | Path, quiet: bool = False) -> None:

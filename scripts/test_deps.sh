@@ -30,18 +30,21 @@ cannot() {
 
 # Quietly; what apt-get said shows if it fails. No service is started or enabled by it.
 install_packages() {
-    local policy=/usr/sbin/policy-rc.d log
+    policy=/usr/sbin/policy-rc.d
     log=$(mktemp)
     trap 'rm -f "$log"' EXIT
     if [ ! -e $policy ]; then
-        trap 'rm -f "$log"; $as_root rm -f '"$policy" EXIT
+        trap 'rm -f "$log"; $as_root rm -f $policy' EXIT
         printf '#!/bin/sh\nexit 101\n' | $as_root tee $policy >/dev/null
-        $as_root chmod +x $policy
+        $as_root chmod 755 $policy
     fi
-    {
+    if ! {
         $as_root apt-get -qq update &&
             $as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@"
-    } >"$log" 2>&1 </dev/null || { tail -n 20 "$log" >&2; cannot "apt-get failed as shown above"; }
+    } >"$log" 2>&1 </dev/null; then
+        tail -n 20 "$log" >&2
+        cannot "apt-get failed as shown above"
+    fi
     case " $* " in *" nginx "*) $as_root systemctl disable --quiet nginx 2>/dev/null || true ;; esac
 }
 
