@@ -1,0 +1,126 @@
+"""Runs an agent: puts its parts together, listens, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from agent import gpu, state
+from agent.announce import announceable, announced
+from agent.host import HostReader, model_store
+from agent.notify import keep_watchdog_fed, notify
+from agent.ollama.client import OllamaClient
+from agent.report import NodeKind
+from agent.sampler import Sampler
+from agent.server import make_app
+
+logger = logging.getLogger(__name__)
+
+
+class CannotStart(Exception):
+    """The agent cannot start; the text is one sentence that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an agent is told when it is started."""
+
+    listen: Sequence[tuple[str, int]]
+    ollama_url: str
+    state_dir: Path | None = None
+    kind: NodeKind = "ollama"
+    token: str | None = None
+    mdns: bool = True
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return (host, port) of ``HOST:PORT`` or ``[IPv6]:PORT``; raise ValueError with a sentence otherwise."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"an address to listen on looks like 127.0.0.1:11435, not {text!r}")
+    return host, int(port)
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; raises CannotStart."""
+    stop = asyncio.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    async with AsyncExitStack() as stack:
+        try:
+            node_id = state.node_id(settings.state_dir or state.state_dir())
+            ollama = await stack.enter_async_context(OllamaClient(settings.ollama_url))
+        except (OSError, ValueError) as error:
+            raise CannotStart(str(error)) from error
+        sampler = Sampler(
+            node_id=node_id,
+            ollama=ollama,
+            gpus=gpu.detect(),
+            host=HostReader(model_store()),
+            kind=settings.kind,
+        )
+        await sampler.first()
+        addresses = await _listen(stack, make_app(sampler, token=settings.token), settings.listen)
+        if settings.mdns:
+            await _announce(stack, settings.kind, node_id, addresses, ollama.url.port)
+        # What was made until now stays: without this every collection walks all of it.
+        gc.collect()
+        gc.freeze()
+        notify("READY=1")
+        logger.info(
+            "agent of node %s listens on %s", node_id, ", ".join(f"{host}:{port}" for host, port in addresses)
+        )
+        async with asyncio.TaskGroup() as tasks:
+            work = [tasks.create_task(sampler.run()), tasks.create_task(keep_watchdog_fed())]
+            await stop.wait()
+            notify("STOPPING=1")
+            for task in work:
+                task.cancel()
+
+
+async def _listen(
+    stack: AsyncExitStack, app: web.Application, wanted: Sequence[tuple[str, int]]
+) -> list[tuple[str, int]]:
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    for host, port in wanted:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CannotStart(f"the agent cannot listen on {host}:{port}: {reason}") from error
+    return [address[:2] for address in runner.addresses]
+
+
+async def _announce(
+    stack: AsyncExitStack,
+    kind: NodeKind,
+    node_id: str,
+    listening: Sequence[tuple[str, int]],
+    ollama_port: int | None,
+) -> None:
+    addresses = announceable([host for host, _ in listening])
+    if not addresses:
+        return  # it listens on loopback alone: there is nothing that another machine could reach
+    try:
+        await stack.enter_async_context(
+            announced(
+                node_id=node_id,
+                kind=kind,
+                addresses=addresses,
+                agent_port=listening[0][1],
+                ollama_port=ollama_port,
+            )
+        )
+    except OSError as error:
+        logger.warning("this node is not announced on the network: mDNS: %s", error)

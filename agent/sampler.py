@@ -1,0 +1,159 @@
+"""Gathers what a report says, part by part, so that no part waits for another.
+
+Every part has a task, a pace and a deadline of its own (:class:`~agent.polled.Polled`). What blocks, NVML
+above all, runs in a thread per source, because a driver can hang in a call for minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Awaitable, Callable
+
+import psutil
+from yarl import URL
+
+from agent import __version__
+from agent.gpu import GpuSource, Reading
+from agent.host import HostReader, connections
+from agent.ollama.client import OllamaClient, parse_ps, parse_tags
+from agent.polled import Polled
+from agent.report import Host, Model, NodeKind, Ollama, Report, Resident
+from agent.worker import Worker
+
+# Ollama reads every manifest to answer /api/tags, and that list changes by a pull, not by the second.
+MODELS_EVERY_S = 5.0
+
+# While /api/ps answers, the version is only asked for to notice an upgrade.
+VERSION_EVERY_S = 30.0
+
+DEADLINE_S = 2.0
+
+
+class NotReady(Exception):
+    """There is no first sample yet; the text says what is missing."""
+
+
+class Sampler:
+    """Keeps the latest sample of this node. Reading it costs nothing; taking it is :meth:`run`'s work."""
+
+    def __init__(
+        self,
+        *,
+        node_id: str,
+        ollama: OllamaClient,
+        gpus: GpuSource,
+        host: HostReader,
+        kind: NodeKind = "ollama",
+        every_s: float = 1.0,
+        models_every_s: float = MODELS_EVERY_S,
+        deadline_s: float = DEADLINE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node_id = node_id
+        self._kind: NodeKind = kind
+        self._ollama = ollama
+        self._clock = clock
+        self._port = ollama.url.port if is_here(ollama.url) else None
+        self._tags: tuple[bytes, list[Model]] = (b"", [])
+        self._ps: tuple[bytes, list[Resident]] = (b"", [])
+        self._version_asked_at_s = float("-inf")
+        self._host_reader = host
+        self._gpu_worker = Worker(gpus.read, "gpus")
+        self._host_worker = Worker(self._read_host, "host")
+
+        def polled[T](part: str, read: Callable[[], Awaitable[T]], pace_s: float = every_s) -> Polled[T]:
+            return Polled(part, read, every_s=pace_s, deadline_s=deadline_s, clock=clock)
+
+        self._host = polled("host", self._host_worker.call)
+        self._gpus = polled("gpus", self._gpu_worker.call)
+        self._resident = polled("ollama.resident", self._read_resident)
+        self._version = polled("ollama.version", self._read_version)
+        self._models = polled("ollama.models", self._read_models, models_every_s)
+
+    @property
+    def parts(self) -> tuple[Polled[object], ...]:
+        """Every part that is read, for those who count failures."""
+        parts = (self._host, self._gpus, self._resident, self._version, self._models)
+        return parts  # type: ignore[return-value]  # a Polled is only read from outside, so it is covariant
+
+    async def first(self) -> None:
+        """Take one sample of everything, each part within its deadline."""
+        await asyncio.gather(*(part.refresh() for part in self.parts))
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for part in self.parts:
+                tasks.create_task(part.run(), name=f"sample {part.part}")
+
+    def report(self, requests_in_flight: int | None = None) -> Report:
+        """Return the latest sample. Raises NotReady before the host was read for the first time."""
+        if self._host.value is None:
+            raise NotReady(f"there is no sample yet: host: {self._host.error or 'being read'}")
+        now_s = self._clock()
+        host, connected = self._host.value
+        reading = self._gpus.value or Reading()
+        stale = {part.part: why for part in self.parts if (why := part.staleness(now_s)) is not None}
+        read = [part for part in self.parts if part.read_at_s is not None and part.sampled_at is not None]
+        newest = max(read, key=lambda part: part.read_at_s or 0.0)
+        return Report(
+            agent_version=__version__,
+            node_id=self._node_id,
+            kind=self._kind,
+            sampled_at=newest.sampled_at,
+            sample_age_s=max(0.0, now_s - (newest.read_at_s or now_s)),
+            host=host,
+            gpus=list(reading.gpus),
+            ollama=Ollama(
+                url=str(self._ollama.url),
+                reachable=self._version.error is None and self._version.value is not None,
+                error=self._version.error,
+                version=self._version.value,
+                models=self._models.value or [],
+                resident=self._resident.value or [],
+                connections=connected,
+                requests_in_flight=requests_in_flight,
+            ),
+            stale=reading.stale | stale,
+        )
+
+    def _read_host(self) -> tuple[Host, int | None]:
+        return self._host_reader.read(), None if self._port is None else connections(self._port)
+
+    async def _read_version(self) -> str:
+        known, now_s = self._version.value, self._clock()
+        answering = self._version.error is None and self._resident.error is None
+        if known is not None and answering and now_s - self._version_asked_at_s < VERSION_EVERY_S:
+            return known
+        version = await self._ollama.version()
+        self._version_asked_at_s = now_s
+        return version
+
+    # A body that did not change is not parsed again: 50 models a second would be most of the agent's work.
+
+    async def _read_models(self) -> list[Model]:
+        body = await self._ollama.request("GET", "/api/tags")
+        if body != self._tags[0]:
+            self._tags = body, parse_tags(body)
+        return self._tags[1]
+
+    async def _read_resident(self) -> list[Resident]:
+        body = await self._ollama.request("GET", "/api/ps")
+        if body != self._ps[0]:
+            self._ps = body, parse_ps(body)
+        return self._ps[1]
+
+
+def is_here(url: URL) -> bool:
+    """Return whether ``url`` names this machine by a loopback or one of its own addresses."""
+    host = url.host or ""
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    return address.is_loopback or str(address) in own

@@ -1,0 +1,179 @@
+"""The agent's HTTP server: ``/v1/report``, ``/metrics``, ``/healthz``.
+
+All of it is reading. The one thing that a caller can change is its own count of requests in flight, and that
+is believed only from this machine or with the agent's token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from agent import in_flight, metrics
+from agent.report import Report
+from agent.sampler import NotReady
+
+logger = logging.getLogger(__name__)
+
+# A sample older than this many seconds means that sampling itself is stuck.
+UNHEALTHY_AFTER_S = 10.0
+
+
+class Reporter(Protocol):
+    """Where reports come from: a :class:`~agent.sampler.Sampler`, or whoever speaks for a node like one."""
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """The polled parts, each with ``part`` and ``failures``."""
+        ...
+
+    def report(self, requests_in_flight: int | None = None) -> Report:
+        """Return the latest report; raise NotReady if there is none yet."""
+        ...
+
+
+def make_app(
+    reporter: Reporter, *, token: str | None = None, clock: Callable[[], float] = time.monotonic
+) -> web.Application:
+    """Return the agent's application.
+
+    With ``token``, a caller who sends an ``Authorization: Bearer`` must send that one; callers without are
+    served, but only those of this machine are believed.
+    """
+    return _Agent(reporter, token, clock).app
+
+
+class _Agent:
+    def __init__(self, reporter: Reporter, token: str | None, clock: Callable[[], float]) -> None:
+        self._reporter = reporter
+        self._token = token
+        self._clock = clock
+        self._in_flight = in_flight.InFlight()
+        self._said_ignored = False
+        self._registry = CollectorRegistry()
+        self._registry.register(_ReportCollector(self._metrics))
+        ProcessCollector(registry=self._registry)
+        self._errors = Counter(
+            "sollol_agent_errors", "Requests that ended in a fault of the agent.", registry=self._registry
+        )
+        self._ignored = Counter(
+            "sollol_agent_in_flight_ignored",
+            "Counts of requests in flight that came from afar without the token.",
+            registry=self._registry,
+        )
+        self.app = web.Application(middlewares=[self._say_errors_as_json])
+        self.app.add_routes(
+            [
+                web.get("/v1/report", self._report),
+                web.get("/metrics", self._scrape),
+                web.get("/healthz", self._healthz),
+            ]
+        )
+
+    async def _report(self, request: web.Request) -> web.Response:
+        self._hear(request)
+        report = self._reporter.report(self._in_flight.total(self._clock()))
+        return web.Response(text=report.model_dump_json(), content_type="application/json")
+
+    def _hear(self, request: web.Request) -> None:
+        told = request.headers.get(in_flight.HEADER)
+        if told is None:
+            return
+        try:
+            proxy_id, requests = in_flight.parse(told)
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        if self._authenticated(request) or is_loopback(request):
+            self._in_flight.tell(proxy_id, requests, self._clock())
+            return
+        self._ignored.inc()
+        if not self._said_ignored:  # once: a proxy polls every second
+            self._said_ignored = True
+            logger.warning(
+                "ignoring requests in flight told by %s: from another machine they need the token",
+                request.remote,
+            )
+
+    def _authenticated(self, request: web.Request) -> bool:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if self._token is None or scheme.lower() != "bearer":
+            return False
+        if not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            raise web.HTTPUnauthorized(text="the bearer token is not this agent's")
+        return True
+
+    async def _scrape(self, request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        report = self._reporter.report()
+        if report.sample_age_s > UNHEALTHY_AFTER_S:
+            raise web.HTTPServiceUnavailable(text=f"the newest sample is {report.sample_age_s:.0f} s old")
+        return web.json_response({"status": "ok"})
+
+    def _metrics(self) -> Iterator[Metric]:
+        yield metrics.failures(self._reporter.parts)
+        try:
+            report = self._reporter.report(self._in_flight.total(self._clock()))
+        except NotReady:
+            return
+        yield from metrics.from_report(report)
+
+    @web.middleware
+    async def _say_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except NotReady as error:
+            return _error(503, str(error))
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            kept = {name: value for name, value in error.headers.items() if name == "Allow"}
+            return _error(error.status, _sentence(request, error), kept)
+        except Exception:  # the outermost boundary of a request
+            logger.exception("%s %s failed", request.method, request.path)
+            self._errors.inc()
+            return _error(500, "the agent failed to answer; its log says why")
+
+
+class _ReportCollector(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # without it the registry would collect once at registration
+
+
+def is_loopback(request: web.Request) -> bool:
+    """Return whether the caller is on this machine."""
+    try:
+        return ipaddress.ip_address((request.remote or "").partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _sentence(request: web.Request, error: web.HTTPException) -> str:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return f"{request.path} allows {', '.join(sorted(error.allowed_methods))}, not {request.method}"
+    if isinstance(error, web.HTTPNotFound):
+        return f"there is no {request.path}; this agent has /v1/report, /metrics and /healthz"
+    return error.text or error.reason
+
+
+def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response({"error": sentence}, status=status, headers=headers)
