@@ -235,6 +235,13 @@ def sync() -> None:
     uv("pip", "sync", "--python", VENV, "--require-hashes", LOCK)
     # Its build backend is locked as well, so that the build fetches nothing of its own.
     uv("pip", "install", "--quiet", "--python", VENV, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+    try:
+        uv("pip", "check", "--python", VENV, quiet=True)
+    except subprocess.CalledProcessError as error:
+        print(error.output, file=sys.stderr)
+        raise Failed(
+            "requirements.lock does not hold what pyproject.toml asks for; run 'make lock'."
+        ) from error
 
 
 def provide_libgomp() -> None:
