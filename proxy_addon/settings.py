@@ -137,6 +137,7 @@ class Discovery(_Part):
     mdns: bool = True
     ollama_host: bool = Field(True, description="the server that $OLLAMA_HOST names")
     localhost: bool = Field(True, description="this machine's Ollama")
+    agents: bool = Field(True, description="look for agents that nobody named, at http://HOST:11435")
     dns_refresh_s: PositiveFloat = Field(30, description="how often names of nodes are resolved again")
 
 

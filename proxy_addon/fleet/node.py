@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.report import Model, NodeKind, Report, Resident
 from proxy_addon.fleet.health import Health
@@ -89,6 +89,8 @@ class Fleet:
     nodes: dict[str, Node] = field(default_factory=dict)
     on_lost: list[Callable[[Node, str], None]] = field(default_factory=list)
     #: called with (node, reason) when a node stops answering polls: what it holds unanswered must move
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: digest → ``model_info`` of ``/api/show``; arrays are null there; filled in the background
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
@@ -96,6 +98,11 @@ class Fleet:
     def add(self, node: Node) -> Node:
         """Add ``node``, or return the one already known under its name."""
         return self.nodes.setdefault(node.name, node)
+
+    def remove(self, node: Node) -> None:
+        """Forget ``node``; harmless if it is no longer known."""
+        if self.nodes.get(node.name) is node:
+            del self.nodes[node.name]
 
     def find(self, host: str, port: int) -> Node | None:
         """The node that listens at ``host:port``, None for any other address."""

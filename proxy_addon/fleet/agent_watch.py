@@ -1,0 +1,100 @@
+"""The polls of one node's agent. Whatever happens to it, the node itself is judged by its Ollama alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from yarl import URL
+
+from agent.in_flight import HEADER as IN_FLIGHT_HEADER
+from agent.report import Report
+from proxy_addon.fleet.node import Node
+from proxy_addon.fleet.polls import Http, PollFailed, ReportTooNew, fetch, parse_report
+from proxy_addon.settings import Settings
+
+log = logging.getLogger(__name__)
+
+AGENT_PORT = 11435
+GUESS_EVERY_S = 30.0  #: between two quiet tries at an agent that nobody named
+
+
+class AgentWatch:
+    """Fills ``node.report``, and empties it when the agent is gone.
+
+    Where nobody named an agent, the default port of the node's host is tried now and then; what answers there
+    is taken for this node's agent only if it reports on an Ollama with this node's port.
+    """
+
+    def __init__(self, node: Node, settings: Settings, http: Http, proxy_id: str) -> None:
+        self._node = node
+        self._http = http
+        self._timeout_s = settings.poll.timeout_s
+        self._failures_to_lose = settings.poll.failures_to_lose
+        self._guesses = settings.discovery.agents
+        self._token = settings.agent_token
+        self._proxy_id = proxy_id
+        self._next_guess_s = 0.0
+        self._guessed = False
+        self._failures = 0
+        self._said: str | None = None
+
+    async def look(self) -> None:
+        """One round."""
+        if self._node.agent_url is None or (self._guessed and self._node.report is None):
+            await self._guess()
+            return
+        try:
+            report = await self._fetch(self._node.agent_url)
+        except PollFailed as failure:
+            self._failed(failure)
+        else:
+            self._take(report)
+
+    async def _guess(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if not self._guesses or now_s < self._next_guess_s:
+            return
+        self._next_guess_s = now_s + GUESS_EVERY_S
+        host = f"[{self._node.host}]" if ":" in self._node.host else self._node.host
+        url = f"http://{host}:{AGENT_PORT}"
+        try:
+            report = await self._fetch(url)
+        except ReportTooNew as failure:
+            self._say(f"The agent at {url} {failure.reason}; {self._node.name} is watched without it.")
+        except PollFailed:
+            return  # most nodes have none
+        else:
+            if URL(report.ollama.url).port == self._node.port:
+                self._node.agent_url, self._guessed = url, True
+                self._take(report)
+
+    async def _fetch(self, url: str) -> Report:
+        headers = {IN_FLIGHT_HEADER: f"{self._proxy_id}={len(self._node.flights)}"}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
+        body = await fetch(self._http, URL(url) / "v1/report", self._timeout_s, headers=headers)
+        return parse_report(body)
+
+    def _take(self, report: Report) -> None:
+        node = self._node
+        if node.report is None:
+            log.info("%s has an agent at %s, version %s.", node.name, node.agent_url, report.agent_version)
+        node.report = report
+        node.report_s = asyncio.get_running_loop().time()
+        self._failures = 0
+        self._said = None
+
+    def _failed(self, failure: PollFailed) -> None:
+        self._failures += 1
+        if not failure.at_once and self._failures < self._failures_to_lose:
+            return
+        self._node.report = None
+        self._say(
+            f"The agent at {self._node.agent_url} {failure.reason}; {self._node.name} is watched without it."
+        )
+
+    def _say(self, sentence: str) -> None:
+        if sentence != self._said:
+            self._said = sentence
+            log.warning(sentence)
