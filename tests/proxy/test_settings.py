@@ -131,7 +131,7 @@ FILE_MISTAKES = [
     ("timeouts:\n  idle_s: -1", "sollol.yaml:2: timeouts.idle_s should be greater than 0, not -1"),
     ("timeouts: {idle_s: .inf}", "sollol.yaml:1: timeouts.idle_s should be a number, not inf"),
     ("timeouts: 3", "sollol.yaml:1: timeouts should be a table of settings, not 3"),
-    ("retry: {attempts: 1.5}", "sollol.yaml:1: retry.attempts should be a whole number, not 1.5"),
+    ("retry: {rounds: 1.5}", "sollol.yaml:1: retry.rounds should be a whole number, not 1.5"),
     ("discovery: {mdns: maybe}", "sollol.yaml:1: discovery.mdns should be true or false, not 'maybe'"),
     (
         "placement: best",
@@ -187,9 +187,9 @@ def test_a_mistake_in_the_file(text: str, sentence: str) -> None:
         ),
         (
             {},
-            ("retry.attempts=no",),
+            ("retry.rounds=no",),
             {},
-            "--set retry.attempts: retry.attempts should be a whole number, not 'no'",
+            "--set retry.rounds: retry.rounds should be a whole number, not 'no'",
         ),
         ({}, ("retry",), {}, "--set retry: expected key=value, such as timeouts.connect_s=5"),
         ({}, ("listen=a", "listen.x=3"), {}, "--set listen.x: listen is a single setting"),

@@ -1,0 +1,116 @@
+"""The first addon that a request meets: whoever may not ask, or not so, is refused before the body is read.
+
+Needs mitmproxy's ``keep_host_header``, or the Host of the client is lost in reverse mode.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import MutableMapping
+from ipaddress import ip_address
+
+from mitmproxy import http
+from mitmproxy.proxy.mode_specs import ReverseMode
+
+from proxy_addon import access, cors, errors, record
+from proxy_addon.access import Refusal
+from proxy_addon.fleet.node import Fleet
+from proxy_addon.settings import Address, Settings
+
+
+class Guard:
+    """Client networks, loops, Host or target, Origin, framing and size, in this order."""
+
+    def __init__(self, settings: Settings, fleet: Fleet) -> None:
+        self.proxy_id = secrets.token_hex(8)
+        self.settings = settings
+        self.fleet = fleet
+        self._origins = cors.DEFAULT_ORIGINS + settings.guard.origins
+        self._hosts = tuple(name.lower() for name in settings.guard.hosts)
+        self._checks_host = _is_loopback(settings.listen.host)
+        addresses: tuple[Address, ...] = (settings.listen, *settings.nodes)
+        #: What means the fleet besides its nodes' addresses: our own port, names with many addresses.
+        self._named = {form for a in addresses for form in access.spellings(a.host, a.port)}
+
+    def stamp(self, headers: MutableMapping[str, str]) -> None:
+        """Mark a request to a node (polls as well), so that it is known if it comes back."""
+        access.stamp(headers, self.proxy_id)
+
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        """Refuse every tunnel: what is inside could not be seen."""
+        flow.response = errors.response("native", 403, "CONNECT is not served: the fleet speaks plain HTTP")
+
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Refuse the request, answer a preflight, or let it pass without its Origin."""
+        seen = record.of(flow)
+        if seen is None:
+            return  # not a request of the chain: the last guard, at server_connect, refuses it
+        refusal = self._refusal(flow, seen.body_limit_bytes)
+        origin = flow.request.headers.pop("origin", "")
+        foreign = origin and not cors.same_origin(origin, flow.request.host_header or "")
+        if foreign and (refusal is None or refusal.status != 403):
+            seen.extra["origin"] = origin
+        if refusal:
+            seen.outcome = "refused"
+            flow.response = errors.response(
+                seen.protocol, refusal.status, refusal.message, request_id=seen.id
+            )
+        elif flow.request.method == "OPTIONS":
+            flow.response = _preflight(flow, origin)
+        if flow.response:
+            seen.early = True
+            self.responseheaders(flow)
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """Tell the browser that its page may read the answer."""
+        seen = record.of(flow)
+        if flow.response and seen and (origin := seen.extra.get("origin")):
+            flow.response.headers.update(cors.answer_headers(origin))
+
+    def _refusal(self, flow: http.HTTPFlow, limit_bytes: int | None) -> Refusal | None:
+        guard, headers, peer = self.settings.guard, flow.request.headers, flow.client_conn.peername
+        return (
+            (access.client(peer[0], guard.clients) if peer else None)
+            or access.loop(headers, self.proxy_id)
+            or (self._host(flow) if _reverse(flow) else self._target(flow))
+            or self._origin(flow)
+            or access.framing(headers)
+            or access.size(int(headers.get("content-length", "0")), limit_bytes)
+        )
+
+    def _host(self, flow: http.HTTPFlow) -> Refusal | None:
+        return access.host(flow.request.host_header or "", self._hosts) if self._checks_host else None
+
+    def _target(self, flow: http.HTTPFlow) -> Refusal | None:
+        request = flow.request
+        spellings = access.spellings(request.host, request.port)
+        return access.target(
+            (request.scheme, request.host, request.port),
+            any(self.fleet.find(*spelling) or spelling in self._named for spelling in spellings),
+            self.settings.guard.any_11434,
+            [node.name for node in self.fleet],
+        )
+
+    def _origin(self, flow: http.HTTPFlow) -> Refusal | None:
+        origin = flow.request.headers.get("origin", "")
+        if not origin or cors.same_origin(origin, flow.request.host_header or ""):
+            return None
+        if cors.admitted(origin, self._origins):
+            return None
+        return Refusal(403, f"pages of {origin} may not ask here; guard.origins lists those that may")
+
+
+def _reverse(flow: http.HTTPFlow) -> bool:
+    return isinstance(flow.client_conn.proxy_mode, ReverseMode)
+
+
+def _preflight(flow: http.HTTPFlow, origin: str) -> http.Response:
+    asked = flow.request.headers.get("access-control-request-headers", "")
+    return http.Response.make(204, b"", cors.preflight_headers(origin, asked) if origin else {})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
