@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 from mitmproxy import http
 
@@ -27,11 +27,19 @@ MANY_EXCLUDED = 6  #: an error sentence names so many nodes, the journal has the
 class Dispatch:
     """Places requests on nodes of ``fleet``."""
 
-    def __init__(self, fleet: Fleet, speeds: Speeds, settings: Settings, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        speeds: Speeds,
+        settings: Settings,
+        now: Callable[[], float],
+        stamp: Callable[[MutableMapping[str, str]], None],
+    ) -> None:
         self.fleet = fleet
         self.speeds = speeds
         self.settings = settings
         self.now = now
+        self.stamp = stamp
         self.in_flight: dict[Node, set[http.HTTPFlow]] = {}
 
     async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
@@ -75,6 +83,7 @@ class Dispatch:
             rec.flight = node.take(rec.ask, now_s, decision.expected_s, load)
             node.loaded_with[rec.ask.key] = rec.ask.reload_key
         point_at(flow, node)
+        self.stamp(flow.request.headers)
         rec.node = node
         rec.placed = True
         rec.sent_s = now_s

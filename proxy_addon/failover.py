@@ -12,6 +12,7 @@ from proxy_addon.fleet.node import Node
 from proxy_addon.http_stream import Failure
 from proxy_addon.record import Record
 from proxy_addon.retry import Budget, Meaning, classify, may_retry
+from proxy_addon.timeouts import CONNECT_CANCELLED
 
 FULL_S = 1.0  #: how long a node that said 503 is taken at its word
 UNFIT_S = 60.0  #: how long a model that did not fit a node is not offered to it again
@@ -47,6 +48,8 @@ class Failover:
             return
         node, now_s = rec.node, self.dispatch.now()
         detail = rec.abort_reason or one_line(failure.detail)
+        if failure.detail == CONNECT_CANCELLED:
+            detail = f"no connection within {self.dispatch.settings.timeouts.connect_s:g} s"
         rec.abort_reason = None
         meaning = classify(failure.phase, failure.status, failure.detail, rec.endpoint)
         self.dispatch.release(flow, rec, meaning.value, detail)

@@ -81,7 +81,8 @@ class Record:
     first_byte_s: float | None = None
     ended_s: float | None = None
     stats: FinalStats | None = None
-    outcome: str | None = None  #: ok, refused, client_left, failed, cut, …
+    status: int | None = None  #: what the client was sent
+    outcome: str | None = None  #: ok, refused (4xx), failed (5xx), cut (in mid-answer), client_left
     extra: dict[str, Any] = field(default_factory=dict)
 
     def client_left(self) -> None:

@@ -1,0 +1,63 @@
+"""The response hooks of routed requests: headers that name the node, the tee, the pieces of our own streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mitmproxy import http
+
+from proxy_addon import record
+from proxy_addon.http_stream import NextChunk
+from proxy_addon.record import Record
+from proxy_addon.relay import Tee, framing_of
+
+
+class Answer:
+    """Lets answers through as they come."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """Name the node, and stream whatever is not an error."""
+        rec, response = record.of(flow), flow.response
+        if rec is None or response is None:
+            return
+        mark(response, rec)
+        if rec.placed and response.status_code < 400:
+            response.stream = Tee(rec, framing_of(response), self.now)
+
+    async def sollol_next_chunk(self, chunk: NextChunk) -> None:
+        """Bring the next piece of an answer that the proxy makes itself; none once the client has left."""
+        rec = record.of(chunk.flow)
+        if rec is None or rec.stream is None:
+            return
+        if rec.first_byte_s is None:
+            rec.first_byte_s = self.now()
+        source = rec.stream.chunks
+        following = asyncio.ensure_future(anext(source, None))
+        rec.on_left.append(following.cancel)
+        try:
+            chunk.data = await following
+        except asyncio.CancelledError:
+            if not rec.left:
+                raise
+        finally:
+            if following.cancel in rec.on_left:
+                rec.on_left.remove(following.cancel)
+        if chunk.data is None:
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def mark(response: http.Response, rec: Record) -> None:
+    """The headers that every answer carries: which request this was, where it went, after how many tries."""
+    response.headers["x-sollol-request-id"] = rec.id
+    if rec.attempts and rec.placed:
+        response.headers["x-sollol-node"] = rec.attempts[-1].node
+        response.headers["x-sollol-attempts"] = str(len(rec.attempts))
+    if rec.decisions and rec.decisions[-1].node is not None:
+        response.headers["x-sollol-policy"] = rec.decisions[-1].policy
+        response.headers["x-sollol-expected-s"] = f"{rec.decisions[-1].expected_s:.3f}"

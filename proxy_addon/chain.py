@@ -1,0 +1,165 @@
+"""The addons, in the order in which a request meets them: the map of the house.
+
+    client ──► Intake ─ Guard ─ Understand ─ Admin ─ OneServer ─ Route ──► node
+                 │        │         │          │         │         │
+              record   may it?  what is it?  ours?   the fleet's  decide, point
+                                                                    │
+    client ◄── Answer ◄── (Failover: another node, while nothing was sent) ◄── node
+                 └─► Epilogue: learning, journal, metrics
+
+Everything that decides is a pure function elsewhere (``placement/``, ``retry.py``, ``relay.py``, ``access.py``,
+``one_server/catalog.py``); everything that must act on bytes is in ``http_stream.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import aiohttp
+from mitmproxy import ctx
+from mitmproxy.addonmanager import Loader
+
+from agent import notify
+from proxy_addon.admin import Admin
+from proxy_addon.answer import Answer
+from proxy_addon.dispatch import Dispatch
+from proxy_addon.epilogue import Epilogue
+from proxy_addon.failover import Failover
+from proxy_addon.fleet.discovery import Discovery
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Fleet, names
+from proxy_addon.fleet.watch import Watch
+from proxy_addon.guard import Guard
+from proxy_addon.intake import Intake, Understand
+from proxy_addon.journal import Journal
+from proxy_addon.layers import Layers
+from proxy_addon.one_server.addon import OneServer
+from proxy_addon.protect import protect
+from proxy_addon.retry import Budget
+from proxy_addon.route import Route
+from proxy_addon.settings import Settings
+from proxy_addon.telemetry import Telemetry
+from proxy_addon.timeouts import Timeouts
+
+log = logging.getLogger("sollol")
+
+SAVE_EVERY_S = 30.0  #: learned speeds are written so often; a crash loses at most that much
+
+
+def mitmproxy_options(settings: Settings) -> dict[str, Any]:
+    """The options of mitmproxy that a gateway needs."""
+    return {
+        # A reverse target must be named; connections are lazy and every request is given a node.
+        "mode": [f"reverse:http://sollol.invalid:11434@{settings.listen}", *settings.modes],
+        **required_options(),
+    }
+
+
+def required_options() -> dict[str, Any]:
+    """Those that the chain relies on, whoever launched it."""
+    return {
+        "connection_strategy": "lazy",
+        "keep_host_header": True,  # the guard checks the client's Host; dispatch sets the node's
+        "tcp_timeout": 86400,  # would end silent upstreams (a long load); timeouts.py has limits of its own
+        "rawtcp": False,
+        "http2": False,
+        "websocket": False,
+        "validate_inbound_headers": True,
+    }
+
+
+class Sollol:
+    """The whole proxy as one mitmproxy addon."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.fleet = Fleet()
+        self.speeds = Speeds.load(settings.state_dir / "speeds.json")
+        self.journal = Journal(settings.state_dir / "journal")
+        self.telemetry = Telemetry(self.fleet)
+        self._session: aiohttp.ClientSession | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.ready = asyncio.Event()  #: every node was looked at once
+
+        guard = Guard(settings, self.fleet)
+        self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
+        self.discovery = Discovery(self.fleet, settings)
+        self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp)
+        budget = Budget(settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s)
+        one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh)
+        chain: tuple[object, ...] = (
+            Layers(),
+            Intake(settings.guard.body_limit_bytes, _now),
+            guard,
+            Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
+            Understand(),
+            one_server,
+            Route(self.dispatch, one_server, budget),
+            Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
+            Timeouts(self.dispatch, settings.timeouts),
+            Answer(_now),
+            Epilogue(self.dispatch, self.watch.suspect, (self.journal.add, self.telemetry.observe)),
+        )
+        self.addons = [protect(addon, self.telemetry.hook_failed) for addon in chain]
+
+    def session(self) -> aiohttp.ClientSession:
+        """The one HTTP session for polls and fan-outs."""
+        if self._session is None:
+            # No limit: a pull may take hours and must not keep the polls from a connection.
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30)
+            self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        return self._session
+
+    def load(self, loader: Loader) -> None:
+        """Set what the chain relies on, also when it was loaded into somebody's mitmdump."""
+        ctx.options.update(**required_options())
+
+    async def running(self) -> None:
+        """The ports are open: find the nodes, look at each once, then say so."""
+        await self.discovery.start()
+        self.watch.start()
+        self._tasks = [
+            asyncio.create_task(self._announce(), name="announce"),
+            asyncio.create_task(notify.keep_watchdog_fed(), name="watchdog"),
+            asyncio.create_task(self._save_always(), name="save speeds"),
+        ]
+
+    async def _announce(self) -> None:
+        await self.watch.looked()
+        now_s = _now()
+        self.ready.set()
+        up, all_nodes = self.fleet.up(now_s), list(self.fleet)
+        models = {key for node in up for key in node.models}
+        log.info(
+            "SOLLOL listens on %s: %d of %d nodes up (%s), %d models",
+            ", ".join(f"{mode}" for mode in (self.settings.listen, *self.settings.modes)),
+            len(up),
+            len(all_nodes),
+            names(up),
+            len(models),
+        )
+        notify.notify(f"READY=1\nSTATUS={len(up)} of {len(all_nodes)} nodes up")
+
+    async def _save_always(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            await asyncio.to_thread(self.speeds.save, self.settings.state_dir / "speeds.json")
+
+    async def done(self) -> None:
+        """Stop what runs, keep what was learned."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.discovery.stop()
+        await self.watch.stop()
+        await self.journal.close()
+        self.speeds.save(self.settings.state_dir / "speeds.json")
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

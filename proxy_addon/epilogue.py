@@ -1,0 +1,61 @@
+"""The end of every request, whichever way it ended: taken off its node, learned from, written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mitmproxy import http
+
+from proxy_addon import record
+from proxy_addon.dispatch import Dispatch
+from proxy_addon.fleet.node import Node
+from proxy_addon.record import Record
+
+
+class Epilogue:
+    """Last addon of the chain. ``observers`` (journal, metrics) see each finished record once."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        suspect: Callable[[Node], None],
+        observers: Sequence[Callable[[Record], None]],
+    ) -> None:
+        self.dispatch = dispatch
+        self.suspect = suspect
+        self.observers = observers
+
+    def response(self, flow: http.HTTPFlow) -> None:
+        """The answer is complete."""
+        rec = record.of(flow)
+        if rec is not None and rec.ended_s is None:
+            status = flow.response.status_code if flow.response else 0
+            self._end(flow, rec, rec.outcome or ("ok" if status < 400 else "refused" if status < 500 else "failed"))
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        """The answer broke off, on either side."""
+        rec = record.of(flow)
+        if rec is not None and rec.ended_s is None:
+            self._end(flow, rec, rec.outcome or "client_left")
+
+    def _end(self, flow: http.HTTPFlow, rec: Record, outcome: str) -> None:
+        now_s = self.dispatch.now()
+        rec.ended_s, rec.outcome = now_s, outcome
+        rec.status = flow.response.status_code if flow.response is not None else None
+        flight, node = rec.flight, rec.node
+        concurrency = len(node.flights) if node is not None else 0
+        detail = flow.error.msg if flow.error is not None and outcome != "ok" else ""
+        self.dispatch.release(flow, rec, outcome, detail)
+        if node is not None and flight is not None:
+            if outcome == "ok":
+                node.health.succeeded()
+            elif outcome == "cut":
+                node.health.failed(now_s, detail or "broke off in mid-answer")
+                self.suspect(node)
+            if outcome == "ok" and rec.ask is not None and rec.sent_s is not None:
+                first_byte_s = (rec.first_byte_s or now_s) - rec.sent_s
+                self.dispatch.speeds.observe(
+                    node, rec.ask, rec.stats, first_byte_s, now_s - rec.sent_s, concurrency, now_s
+                )
+        for observer in self.observers:
+            observer(rec)

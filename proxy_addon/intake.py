@@ -1,0 +1,56 @@
+"""A request's entrance: its record is opened, its endpoint named, its body read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mitmproxy import http
+
+from proxy_addon import errors, record
+from proxy_addon.ask import BadRequest, parse
+from proxy_addon.endpoints import match, protocol_of
+
+
+class Intake:
+    """First addon of the chain."""
+
+    def __init__(self, body_limit_bytes: int, now: Callable[[], float]) -> None:
+        self.body_limit_bytes = body_limit_bytes
+        self.now = now
+
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Open the record: from here on every addon knows what was asked for, and how errors look."""
+        path = path_of(flow)
+        rec = record.open_for(flow, protocol_of(path), self.now())
+        rec.endpoint = match(path)
+        if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
+            rec.body_limit_bytes = self.body_limit_bytes
+
+
+class Understand:
+    """Reads what is asked, once the guard has let it in and the whole body is here."""
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        """Parse the ask; answer what is not understood in the protocol that was spoken."""
+        rec = record.of(flow)
+        if rec is None or flow.response is not None:
+            return
+        endpoint = rec.endpoint
+        if endpoint is None:
+            flow.response = errors.plain(404, "404 page not found")
+            return
+        if flow.request.method not in endpoint.methods:
+            flow.response = errors.plain(405, "405 method not allowed")
+            flow.response.headers["allow"] = ", ".join(sorted(endpoint.methods))
+            return
+        try:
+            rec.ask = parse(
+                endpoint, path_of(flow), flow.request.headers, flow.request.raw_content or b"", rec.client
+            )
+        except BadRequest as bad:
+            flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
+
+
+def path_of(flow: http.HTTPFlow) -> str:
+    """The request's path without its query."""
+    return flow.request.path.partition("?")[0]

@@ -1,0 +1,93 @@
+"""The proxy as a process: a lean Master, uvloop, a clear word before anything is started half.
+
+mitmdump spends half of a request's time in its forty default addons; this Master has the few that a gateway
+needs, and ours. Everything else is mitmproxy's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import uvloop
+from mitmproxy import master, options
+from mitmproxy.addons import (
+    core,
+    disable_h2c,
+    errorcheck,
+    next_layer,
+    proxyserver,
+    tlsconfig,
+)
+
+from agent import notify
+from proxy_addon.chain import Sollol, mitmproxy_options
+from proxy_addon.fleet.discovery import port_conflict
+from proxy_addon.settings import Settings
+
+log = logging.getLogger("sollol")
+
+
+class LeanMaster(master.Master):
+    """mitmproxy's Master with what a gateway needs."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(options.Options())
+        self.sollol = Sollol(settings)
+        self.addons.add(
+            core.Core(),
+            proxyserver.Proxyserver(),
+            next_layer.NextLayer(),
+            tlsconfig.TlsConfig(),
+            disable_h2c.DisableH2C(),
+            errorcheck.ErrorCheck(),
+            self.sollol,
+        )
+        self.options.update(**mitmproxy_options(settings))
+
+
+def run(settings: Settings) -> int:
+    """Run the proxy until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where it could not listen."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    logging.getLogger("proxy_addon").setLevel(logging.INFO)
+    conflict = port_conflict(settings.listen.host, settings.listen.port)
+    if conflict is not None:
+        print(f"sollol proxy: {conflict}", file=sys.stderr)  # noqa: T201
+        return 1
+    with asyncio.Runner(loop_factory=_loop) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    lean = LeanMaster(settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lean.shutdown)
+    try:
+        await lean.run()
+    except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged
+        return int(exit_.code or 0)
+    notify.notify("STOPPING=1")
+    return 0
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = uvloop.new_event_loop()
+    make_eager = asyncio.eager_task_factory
+
+    def factory(
+        loop_: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any
+    ) -> asyncio.Task[Any]:
+        # uvloop 0.23 forwards eager_start, which the eager factory of Python <3.13.3 does not take.
+        kwargs.pop("eager_start", None)
+        return make_eager(loop_, coro, **kwargs)
+
+    asyncio.eager_task_factory = factory  # mitmproxy installs it by this name in Master.run
+    return loop
+
+

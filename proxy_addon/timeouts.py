@@ -1,0 +1,174 @@
+"""Time limits of our own for one attempt: connect, first byte, idle; and the end of what a lost node holds.
+
+mitmproxy has one inactivity limit for everything, which would kill a model that loads for minutes
+(``tcp_timeout``, lifted by the launcher). A limit here ends the *connection*; the stream then sees a broken
+attempt and fails over like after any other. Timers are one per attempt and phase, never one per piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mitmproxy import ctx, http
+from mitmproxy.connection import Client, Server
+from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+
+from proxy_addon import record
+from proxy_addon.dispatch import Dispatch
+from proxy_addon.endpoints import Handling
+from proxy_addon.fleet.node import Node
+from proxy_addon.http_stream import Failure
+from proxy_addon.record import Record
+from proxy_addon.settings import Timeouts as Limits
+
+
+def first_byte_limit_s(limits: Limits, rec: Record) -> float:
+    """How long the attempt of ``rec`` may stay without an answer.
+
+    Ollama sends nothing, not even the head, before the first token; an answer that is not streamed comes
+    whole at its end. A load adds its own limit, and so does the queue that the decision expected.
+    """
+    streamed = rec.ask is None or rec.ask.stream
+    limit_s = limits.first_byte_s if streamed else limits.whole_answer_s
+    if rec.flight is None:
+        return max(limit_s, limits.load_s)
+    if rec.flight.load:
+        limit_s += limits.load_s
+    chosen = rec.decisions[-1].chosen if rec.decisions else None
+    return limit_s + (chosen.terms.get("wait_s", 0.0) if chosen else 0.0)
+
+
+class Timeouts:
+    """Arms and disarms the limits, and moves what a lost node has not begun to answer."""
+
+    def __init__(self, dispatch: Dispatch, limits: Limits) -> None:
+        self.dispatch = dispatch
+        self.limits = limits
+        self._connecting: dict[str, asyncio.TimerHandle] = {}  # by id of the server connection
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # by id of the flow
+        dispatch.fleet.on_lost.append(self._node_lost)
+
+    # -- connect --------------------------------------------------------------------------------------
+
+    def server_connect(self, data: ServerConnectionHookData) -> None:
+        """Limit the connect; refuse any address that is not a node's (hooks fail open, this does not)."""
+        address = data.server.address
+        if address is None or self.dispatch.fleet.find(address[0], address[1]) is None:
+            data.server.error = f"{address} is not a node of this fleet"
+            return
+        loop = asyncio.get_running_loop()
+        self._connecting[data.server.id] = loop.call_later(
+            self.limits.connect_s, _cancel_connect, data.client, data.server
+        )
+
+    def server_connected(self, data: ServerConnectionHookData) -> None:
+        """Connected in time."""
+        self._connect_over(data.server)
+
+    def server_connect_error(self, data: ServerConnectionHookData) -> None:
+        """Failed on its own or was cancelled by us."""
+        self._connect_over(data.server)
+
+    def _connect_over(self, server: Server) -> None:
+        timer = self._connecting.pop(server.id, None)
+        if timer is not None:
+            timer.cancel()
+
+    # -- first byte, idle -----------------------------------------------------------------------------
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        """The request was placed: the first byte is due."""
+        if flow.response is None:
+            self._arm_first_byte(flow)
+
+    def sollol_failure(self, failure: Failure) -> None:
+        """An attempt failed; if it is tried elsewhere, that attempt has its own limit."""
+        if failure.retry:
+            self._arm_first_byte(failure.flow)
+        else:
+            self._disarm(failure.flow)
+
+    def _arm_first_byte(self, flow: http.HTTPFlow) -> None:
+        rec = record.of(flow)
+        self._disarm(flow)
+        if rec is None or not rec.placed or rec.endpoint is None:
+            return
+        if rec.endpoint.handling in (Handling.STICKY, Handling.PIN):
+            return  # a create or a push may work silently for as long as it takes
+        limit_s = first_byte_limit_s(self.limits, rec)
+        self._arm(flow, limit_s, self._first_byte_due, f"no answer within {limit_s:g} s")
+
+    def _first_byte_due(self, flow: http.HTTPFlow, reason: str) -> None:
+        rec = record.of(flow)
+        if rec is not None and rec.first_byte_s is None:
+            self.abort(flow, reason)
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """The answer has begun: from now on only silence counts."""
+        rec = record.of(flow)
+        self._disarm(flow)
+        if rec is not None and rec.placed and flow.live:
+            rec.last_byte_s = self.dispatch.now()
+            self._arm(flow, self.limits.idle_s, self._idle, "")
+
+    def _idle(self, flow: http.HTTPFlow, _: str) -> None:
+        rec = record.of(flow)
+        if rec is None:
+            return
+        silent_s = self.dispatch.now() - (rec.last_byte_s or 0.0)
+        if silent_s >= self.limits.idle_s:
+            self.abort(flow, f"nothing came for {self.limits.idle_s:g} s")
+        else:
+            self._arm(flow, self.limits.idle_s - silent_s, self._idle, "")
+
+    def response(self, flow: http.HTTPFlow) -> None:
+        """Over, well."""
+        self._disarm(flow)
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        """Over, badly."""
+        self._disarm(flow)
+
+    def _arm(
+        self, flow: http.HTTPFlow, delay_s: float, due: Callable[[http.HTTPFlow, str], None], reason: str
+    ) -> None:
+        self._timers[flow.id] = asyncio.get_running_loop().call_later(delay_s, due, flow, reason)
+
+    def _disarm(self, flow: http.HTTPFlow) -> None:
+        timer = self._timers.pop(flow.id, None)
+        if timer is not None:
+            timer.cancel()
+
+    # -- ending an attempt ----------------------------------------------------------------------------
+
+    def _node_lost(self, node: Node, reason: str) -> None:
+        """Every attempt on a node that stopped answering ends now, instead of at its own limit."""
+        for flow in list(self.dispatch.in_flight.get(node, ())):
+            self.abort(flow, reason)
+
+    def abort(self, flow: http.HTTPFlow, reason: str) -> None:
+        """Break the upstream connection of ``flow``; its stream then fails over, or ends with an error."""
+        rec = record.of(flow)
+        if rec is not None:
+            rec.abort_reason = reason
+        handler = _handler(flow.client_conn)
+        io = handler.transports.get(flow.server_conn) if handler is not None else None
+        if io is not None and io.writer is not None:
+            io.writer.transport.abort()
+
+
+#: What mitmproxy makes of a cancelled connect (``ConnectionHandler.open_connection``).
+CONNECT_CANCELLED = "connection cancelled"
+
+
+def _handler(client: Client):  # type: ignore[no-untyped-def]  # mitmproxy's ProxyConnectionHandler
+    return ctx.master.addons.get("proxyserver").connections.get(client.id)
+
+
+def _cancel_connect(client: Client, server: Server) -> None:
+    """End a connect that takes too long: mitmproxy then reports it as failed."""
+    handler = _handler(client)
+    io = handler.transports.get(server) if handler is not None else None
+    if io is not None and io.handler is not None and io.writer is None:
+        io.handler.cancel()
