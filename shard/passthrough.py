@@ -1,0 +1,118 @@
+"""The OpenAI and Anthropic routes: llama-server speaks them itself, so requests and events go through.
+
+What changes on the way: the model's name (looked up going in, the client's own spelling coming out),
+Ollama's sampling defaults where the client gave none, and the shape of errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from agent.ollama import names
+from shard.models import ServedModel
+from shard.node import NODE, UPSTREAM_ERRORS, error_body, json_answer, options_of, read_body
+from shard.options import sampling_fields
+from shard.replies import error_message
+from shard.runners import Runner
+from shard.translate import Refusal
+
+# Ollama's OpenAI layer starts from these instead of the model's (openai/openai.go).
+_OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+
+# A client's own limit may have any of these names; without one Ollama's open-ended budget applies.
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+
+_SAMPLED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+
+
+def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama-server is sent for a client's body: Ollama's defaults under the client's values."""
+    if path not in _SAMPLED:
+        return dict(ask)
+    defaults = sampling_fields(options) | _OPENAI_DEFAULTS
+    del defaults["stop"]
+    if any(ask.get(limit) is not None for limit in _LIMITS):
+        del defaults["n_predict"]
+    return defaults | {key: value for key, value in ask.items() if value is not None}
+
+
+async def forward(request: web.Request) -> web.StreamResponse:
+    """POST to one of llama-server's own routes."""
+    node, ask = request.app[NODE], await read_body(request)
+    if request.path == "/v1/messages":
+        _check_anthropic(ask)
+    model = node.models.find(ask.get("model"))
+    _check_capabilities(model, ask, request.path)
+    options = options_of({}, model)
+    async with node.lease(model, {}, options) as runner, runner.slots:
+        return await _relay(request, runner, ask, upstream_body(request.path, ask, options))
+
+
+def _check_anthropic(ask: Mapping[str, Any]) -> None:
+    if not isinstance(ask.get("max_tokens"), int) or ask["max_tokens"] <= 0:
+        raise Refusal(400, "max_tokens is required and must be positive")
+    if not ask.get("messages"):
+        raise Refusal(400, "messages is required")
+
+
+def _check_capabilities(model: ServedModel, ask: Mapping[str, Any], path: str) -> None:
+    # llama-server would ignore the tools without a word.
+    needed = {"tools": bool(ask.get("tools")), "completion": path in _SAMPLED}
+    for capability, is_needed in needed.items():
+        if is_needed and capability not in model.capabilities:
+            raise Refusal(400, f"{names.parse(model.name)} does not support {capability}")
+
+
+async def _relay(
+    request: web.Request, runner: Runner, ask: Mapping[str, Any], body: Mapping[str, Any]
+) -> web.StreamResponse:
+    server = runner.server
+    # JSON escapes quotes inside strings, so these bytes can only be a member, never a part of the text.
+    theirs = b'"model":' + orjson.dumps(runner.launch.alias)
+    ours = b'"model":' + orjson.dumps(ask["model"])
+    async with server.request("POST", request.path, body) as upstream:
+        if upstream.status >= 400 or upstream.content_type != "text/event-stream":
+            whole = b"".join([chunk async for chunk in server.chunks(upstream)])
+            if upstream.status >= 400:
+                raise Refusal(upstream.status, error_message(whole))
+            return web.Response(
+                body=whole.replace(theirs, ours), content_type="application/json", charset="utf-8"
+            )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        rest = b""
+        try:
+            async for chunk in server.chunks(upstream):
+                *events, rest = (rest + chunk).split(b"\n\n")
+                for event in events:
+                    if not response.prepared:
+                        await response.prepare(request)
+                    await response.write(event.replace(theirs, ours) + b"\n\n")
+        except UPSTREAM_ERRORS as error:
+            if not response.prepared:
+                raise
+            # Both protocols know an error event; what must not follow is a regular end.
+            kind = b"event: error\n" if request.path == "/v1/messages" else b""
+            data = orjson.dumps(error_body(request.path, 500, str(error)))
+            await response.write(kind + b"data: " + data + b"\n\n")
+        await response.write_eof()
+        return response
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """GET /v1/models; ``data`` is null when there is none, as with Ollama."""
+    rows = [_row(model) for model in request.app[NODE].models]
+    return json_answer({"object": "list", "data": rows or None})
+
+
+async def one_model(request: web.Request) -> web.Response:
+    """GET /v1/models/:model."""
+    return json_answer(_row(request.app[NODE].models.find(request.match_info["model"])))
+
+
+def _row(model: ServedModel) -> dict[str, Any]:
+    created = int(model.modified_at.timestamp())
+    return {"id": model.name, "object": "model", "created": created, "owned_by": "library"}

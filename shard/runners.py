@@ -1,0 +1,193 @@
+"""Which models are loaded: one llama-server per model, shared by requests, unloaded when its time is up.
+
+The rules are those of Ollama's scheduler (``server/sched.go``): a request that needs other launch options
+waits until the runner is idle and reloads it; the last explicit keep_alive wins; the idle runner that
+expires first makes room for another model; a load that nobody waits for any more is abandoned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from shard.llama_server import Launch, LlamaServer
+from shard.models import ServedModel
+from shard.options import DEFAULT_KEEP_ALIVE_S
+
+log = logging.getLogger(__name__)
+
+# OLLAMA_MAX_LOADED_MODELS' default for one device.
+MAX_LOADED = 3
+# Ollama's "for ever" is Go's longest duration.
+FOR_EVER = timedelta(days=365 * 292)
+
+
+class Runner:
+    """A loaded or loading model. ``leases`` counts the requests that hold it; only Runners changes it."""
+
+    def __init__(self, model: ServedModel, launch: Launch, load: asyncio.Task[LlamaServer]) -> None:
+        self.model = model
+        self.launch = launch
+        self.load = load
+        self.leases = 0
+        self.keep_alive_s = DEFAULT_KEEP_ALIVE_S
+        self.retirement: asyncio.Task[None] | None = None
+        self.slots = asyncio.Semaphore(launch.parallel)
+        self.expires_at = datetime.now(UTC) + FOR_EVER
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def server(self) -> LlamaServer:
+        """The process; only valid after the load has succeeded."""
+        return self.load.result()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory and its process alive."""
+        done = self.load.done() and not self.load.cancelled() and self.load.exception() is None
+        return done and not self.server.exited.done()
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new request may join: loading or loaded, and not on its way out."""
+        return self.retirement is None and (not self.load.done() or self.loaded)
+
+
+class Runners:
+    """All runners of a node. ``start`` makes a process for a launch; tests may pass another."""
+
+    def __init__(
+        self,
+        start: Callable[[Launch], Coroutine[Any, Any, LlamaServer]] = LlamaServer.start,
+        max_loaded: int = MAX_LOADED,
+    ) -> None:
+        self._start = start
+        self._max_loaded = max_loaded
+        self._runners: dict[str, Runner] = {}
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def loaded(self) -> list[Runner]:
+        """Return the runners whose model is in memory, latest expiry first, as ``/api/ps`` lists them."""
+        ready = [runner for runner in self._runners.values() if runner.loaded and runner.retirement is None]
+        return sorted(ready, key=lambda runner: runner.expires_at, reverse=True)
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self, model: ServedModel, launch: Launch, keep_alive_s: float | None
+    ) -> AsyncIterator[Runner]:
+        """Give a loaded runner, loading it if need be; it is not unloaded while the block lasts.
+
+        Raises LlamaServerError if the load fails.
+        """
+        runner = await self._take(model, launch)
+        try:
+            if keep_alive_s is not None:
+                runner.keep_alive_s = keep_alive_s
+            # Shielded: others may wait for the same load. _give abandons it when the last one has left.
+            await asyncio.shield(runner.load)
+            yield runner
+        finally:
+            self._give(runner)
+
+    async def unload(self, model: ServedModel) -> None:
+        """Unload ``model`` as soon as it is idle; returns at once if it is busy, else when it is gone."""
+        runner = self._runners.get(model.key)
+        if runner is None:
+            return
+        runner.keep_alive_s = 0
+        if not runner.leases:
+            await self._retire(runner)
+
+    async def close(self) -> None:
+        """End every process."""
+        await asyncio.gather(*(self._retire(runner) for runner in list(self._runners.values())))
+        await asyncio.gather(*self._tasks)
+
+    async def _take(self, model: ServedModel, launch: Launch) -> Runner:
+        while True:
+            runner = self._runners.get(model.key)
+            if runner is not None and runner.usable and runner.launch == launch:
+                break
+            if runner is None and len(self._runners) < self._max_loaded:
+                runner = self._runners[model.key] = self._begin(model, launch)
+                break
+            # In the way: another launch of the same model, or, with no room, any idle one.
+            victims = [runner] if runner else sorted(self._runners.values(), key=lambda one: one.expires_at)
+            victim = next((one for one in victims if not one.leases and one.retirement is None), None)
+            if victim is not None:
+                await self._retire(victim)
+                continue
+            async with self._changed:
+                await self._changed.wait()
+        runner.leases += 1
+        if runner.timer is not None:
+            runner.timer.cancel()
+        return runner
+
+    def _begin(self, model: ServedModel, launch: Launch) -> Runner:
+        runner = Runner(model, launch, asyncio.create_task(self._start(launch)))
+        runner.load.add_done_callback(lambda _: self._background(self._watch(runner)))
+        return runner
+
+    async def _watch(self, runner: Runner) -> None:
+        # A runner whose load failed or whose process ends is forgotten, so that the next request respawns it.
+        if not runner.load.cancelled() and runner.load.exception() is None:
+            await runner.server.exited
+            if runner.retirement is None:
+                log.error("%s: %s", runner.model.name, runner.server.obituary())
+                await runner.server.stop()
+        await self._forget(runner)
+
+    def _give(self, runner: Runner) -> None:
+        runner.leases -= 1
+        seconds = runner.keep_alive_s
+        stays = FOR_EVER if math.isinf(seconds) else min(FOR_EVER, timedelta(seconds=seconds))
+        runner.expires_at = datetime.now(UTC) + stays
+        if not runner.leases:
+            if not runner.load.done() or seconds == 0:
+                self._background(self._retire(runner))
+            elif not math.isinf(seconds):
+                loop = asyncio.get_running_loop()
+                runner.timer = loop.call_later(seconds, self._expire, runner)
+        self._background(self._notify())
+
+    def _expire(self, runner: Runner) -> None:
+        if not runner.leases:
+            self._background(self._retire(runner))
+
+    async def _retire(self, runner: Runner) -> None:
+        if runner.retirement is None:
+            runner.retirement = self._background(self._end(runner))
+        # Shielded: a client that leaves meanwhile does not leave a process half stopped.
+        await asyncio.shield(runner.retirement)
+
+    async def _end(self, runner: Runner) -> None:
+        # It stays listed until the process is gone, so that its memory is free before another one starts.
+        if runner.timer is not None:
+            runner.timer.cancel()
+        runner.load.cancel()
+        await asyncio.wait({runner.load})
+        if not runner.load.cancelled() and runner.load.exception() is None:
+            await runner.server.stop()
+        await self._forget(runner)
+
+    async def _forget(self, runner: Runner) -> None:
+        if self._runners.get(runner.model.key) is runner:
+            del self._runners[runner.model.key]
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

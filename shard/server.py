@@ -1,0 +1,155 @@
+"""An embedded node's HTTP server: Ollama's API over the models it was given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import orjson
+from aiohttp import web
+
+from shard import inference, passthrough
+from shard.llama_server import candidates
+from shard.node import NODE, Node, errors, json_answer, read_body
+from shard.runners import Runner
+from shard.translate import Refusal
+
+# The level of Ollama's API that this server speaks, told to clients that ask for a version.
+OLLAMA_API_VERSION = "0.33.0"
+
+# Images travel inside JSON; this bounds memory, not what a model may see.
+MAX_BODY_BYTES = 256 * 2**20
+
+# How long running answers may go on after a SIGTERM.
+SHUTDOWN_GRACE_S = 3.0
+
+
+async def root(_: web.Request) -> web.Response:
+    """GET / as the CLI and health checks ask for it."""
+    return web.Response(text="Ollama is running")
+
+
+async def version(_: web.Request) -> web.Response:
+    """GET /api/version."""
+    return json_answer({"version": OLLAMA_API_VERSION})
+
+
+async def status(_: web.Request) -> web.Response:
+    """GET /api/status: nothing here ever asks a cloud."""
+    return json_answer({"cloud": {"disabled": True, "source": "config"}})
+
+
+async def tags(request: web.Request) -> web.Response:
+    """GET /api/tags, newest first."""
+    return json_answer({"models": [model.tag_row() for model in request.app[NODE].models]})
+
+
+async def ps(request: web.Request) -> web.Response:
+    """GET /api/ps: the loaded models."""
+    return json_answer({"models": [_ps_row(runner) for runner in request.app[NODE].runners.loaded()]})
+
+
+def _ps_row(runner: Runner) -> dict[str, object]:
+    row = runner.model.tag_row()
+    kept = {key: row[key] for key in ("name", "model", "size", "digest", "details")}
+    on_gpu = runner.launch.num_gpu > 0
+    return kept | {
+        "expires_at": runner.expires_at.isoformat(),
+        "size_vram": row["size"] if on_gpu else 0,
+        "context_length": runner.launch.num_ctx,
+    }
+
+
+async def show(request: web.Request) -> web.Response:
+    """POST /api/show."""
+    ask = await read_body(request)
+    model = request.app[NODE].models.find(ask.get("model") or ask.get("name"))
+    return json_answer(await asyncio.to_thread(model.show, verbose=bool(ask.get("verbose"))))
+
+
+async def pull(request: web.Request) -> web.StreamResponse:
+    """POST /api/pull: a model that is here is pulled already; another cannot be had."""
+    ask = await read_body(request)
+    name = ask.get("model") or ask.get("name")
+    request.app[NODE].models.find(
+        name, "cannot pull '{}': this node serves the GGUF files it was started with (--model NAME=PATH)"
+    )
+    if ask.get("stream") is False:
+        return json_answer({"status": "success"})
+    steps = ("pulling manifest", "verifying sha256 digest", "success")
+    lines = b"".join(orjson.dumps({"status": step}) + b"\n" for step in steps)
+    return web.Response(body=lines, content_type="application/x-ndjson")
+
+
+async def fixed(request: web.Request) -> web.Response:
+    """Refuse what would change the set of models."""
+    ask = await read_body(request)
+    request.app[NODE].models.find(ask.get("model") or ask.get("name") or ask.get("source"))
+    raise Refusal(400, "this node serves the GGUF files it was started with and cannot change them")
+
+
+# Method, path, handler; aiohttp answers HEAD wherever GET is.
+ROUTES: tuple[tuple[str, str, Callable[..., object]], ...] = (
+    ("GET", "/", root),
+    ("GET", "/api/version", version),
+    ("GET", "/api/status", status),
+    ("GET", "/api/tags", tags),
+    ("GET", "/api/ps", ps),
+    ("POST", "/api/show", show),
+    ("POST", "/api/generate", inference.generate),
+    ("POST", "/api/chat", inference.chat),
+    ("POST", "/api/embed", inference.embed),
+    ("POST", "/api/embeddings", inference.embeddings),
+    ("POST", "/api/pull", pull),
+    ("POST", "/api/push", fixed),
+    ("POST", "/api/create", fixed),
+    ("POST", "/api/copy", fixed),
+    ("DELETE", "/api/delete", fixed),
+    ("GET", "/v1/models", passthrough.list_models),
+    ("GET", "/v1/models/{model:.+}", passthrough.one_model),
+    ("POST", "/v1/chat/completions", passthrough.forward),
+    ("POST", "/v1/completions", passthrough.forward),
+    ("POST", "/v1/embeddings", passthrough.forward),
+    ("POST", "/v1/responses", passthrough.forward),
+    ("POST", "/v1/messages", passthrough.forward),
+)
+
+
+def make_app(node: Node) -> web.Application:
+    """Return the application; its cleanup ends the node's processes."""
+    app = web.Application(middlewares=[errors], client_max_size=MAX_BODY_BYTES)
+    app[NODE] = node
+    for method, path, handler in ROUTES:
+        app.router.add_route(method, path, handler)  # type: ignore[arg-type]
+        if method == "GET":
+            app.router.add_route("HEAD", path, handler)  # type: ignore[arg-type]
+
+    async def end_children(_: web.Application) -> AsyncIterator[None]:
+        yield
+        await node.runners.close()
+
+    app.cleanup_ctx.append(end_children)
+    return app
+
+
+async def serve(
+    node: Node, host: str, port: int, stop: asyncio.Event, listening: Callable[[str, int], None]
+) -> None:
+    """Serve until ``stop`` is set; ``listening`` is told the address, port 0 having become a real one.
+
+    Running answers get :data:`SHUTDOWN_GRACE_S` to end. Raises OSError if the address is taken and
+    LlamaServerError if there is no llama-server to run.
+    """
+    candidates()
+    # A client that leaves cancels its handler, which closes the connection to llama-server.
+    runner = web.AppRunner(
+        make_app(node), handler_cancellation=True, shutdown_timeout=SHUTDOWN_GRACE_S, access_log=None
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+        bound_host, bound_port = runner.addresses[0][:2]
+        listening(bound_host, bound_port)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
