@@ -24,7 +24,9 @@ RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "nu
 
 #: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
 _OPAQUE = frozenset(
-    e.path for e in ENDPOINTS if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
+    e.path
+    for e in ENDPOINTS
+    if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
 )
 
 ReloadKey = tuple[tuple[str, Any], ...]
@@ -48,12 +50,7 @@ class Ask:
     key: str = ""  #: canonical name, "" where the endpoint needs no model
     stream: bool = False
     num_ctx: int | None = None
-    reload_key: #: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
-_OPAQUE = frozenset(
-    e.path for e in ENDPOINTS if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
-)
-
-ReloadKey = ()  #: the reload-forcing options that were set, sorted by name
+    reload_key: ReloadKey = ()  #: the reload-forcing options that were set, sorted by name
     prompt_tokens: int = 0  #: estimate
     max_tokens: int | None = None  #: the client's cap on output tokens
     keep_alive: Any = None

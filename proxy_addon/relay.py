@@ -160,7 +160,9 @@ class Tee:
         separator = self._separator or b"\n"
         self._partial = b""
         message = f"{reason} (request id {self._rec.id})"
-        return (separator if self.dirty else b"") + errors.stream_tail(self._rec.protocol, message, self._rec.id)
+        return (separator if self.dirty else b"") + errors.stream_tail(
+            self._rec.protocol, message, self._rec.id
+        )
 
 
 def cut(flow: http.HTTPFlow, reason: str) -> bytes | None:
@@ -186,7 +188,7 @@ _NUMBERS = re.compile(
     rb'prompt_tokens|completion_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
 )
 _REASON = re.compile(rb'"(?:done_reason|finish_reason|stop_reason)"\s*:\s*"([^"]*)"')
-_NS = 1e-9
+_NS_PER_S = 1e9
 
 
 def read_stats(tail: bytes) -> FinalStats | None:
@@ -200,7 +202,7 @@ def read_stats(tail: bytes) -> FinalStats | None:
         return None
 
     def seconds(name: str) -> float | None:
-        return found[name] * _NS if name in found else None
+        return found[name] / _NS_PER_S if name in found else None
 
     def count(*names: str) -> int | None:
         return next((found[name] for name in names if name in found), None)
@@ -214,4 +216,3 @@ def read_stats(tail: bytes) -> FinalStats | None:
         total_s=seconds("total_duration"),
         done_reason=reasons[-1].decode("ascii", "replace") if reasons else None,
     )
-
