@@ -1,0 +1,211 @@
+"""Prometheus metrics of the proxy: the seed's names, and the conventional ones beside them.
+
+Declared once, in :meth:`Telemetry.__init__`, on a registry of their own, so that two proxies in one process
+do not count into each other. Counters are moved by :meth:`Telemetry.observe` when a request ends; what the
+fleet knows anyway is read from it when somebody scrapes. Labels are bounded: hosts are nodes, a model that
+no node has is ``other``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from agent.ollama import names
+from proxy_addon import load
+from proxy_addon.fleet.node import Fleet
+from proxy_addon.record import Record
+
+NO_HOST = "none"  #: the request reached no node
+OTHER = "other"
+WINDOW = 500  #: latencies kept per node, for quantiles and means of the recent past
+QUANTILES = (0.5, 0.9, 0.99)
+DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+FIRST_BYTE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+#: The record's outcome → the seed's ``status`` label and the two it does not know.
+STATUS = {
+    "ok": "success",
+    "client_left": "cancelled",
+    "refused": "refused",
+    "failed": "failure",
+    "cut": "failure",
+}
+
+#: Ends of an attempt that say nothing about whether the node works: it was full, or right to refuse.
+NEUTRAL = frozenset({"client_left", "refused", "full", "stale", "too_small", "answer"})
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one node has done for us since the proxy started."""
+
+    served: int = 0
+    failed: int = 0
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  #: of served attempts
+    latency_sum_s: float = 0.0
+
+    def success_rate(self) -> float:
+        """Share of attempts that were served, 1 where there were none."""
+        return self.served / (self.served + self.failed) if self.served + self.failed else 1.0
+
+    def mean_latency_s(self) -> float:
+        """Mean of the last :data:`WINDOW` served attempts, 0 where there were none."""
+        return sum(self.latencies_s) / len(self.latencies_s) if self.latencies_s else 0.0
+
+
+def quantile(sorted_values: list[float], share: float) -> float:
+    """The value below which ``share`` of ``sorted_values`` lie (nearest rank); the list is not empty."""
+    return sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))]
+
+
+class Telemetry:
+    """The metrics of one proxy. ``now`` is the clock of the fleet's times."""
+
+    def __init__(
+        self, fleet: Fleet, now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
+    ) -> None:
+        self.fleet = fleet
+        self.tallies: dict[str, Tally] = {}  #: by node name
+        self.finished = 0  #: requests that were for a node
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "sollol_requests", "Requests that ended.", ("host", "model", "status"), registry=registry
+        )
+        self._duration = Histogram(
+            "sollol_request_duration_seconds",
+            "Time from a request's head to its answer's end, other nodes' failures included.",
+            ("host",),
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self._first_byte = Histogram(
+            "sollol_time_to_first_byte_seconds",
+            "Time from a request's head to its answer's first byte.",
+            ("host",),
+            buckets=FIRST_BYTE_BUCKETS_S,
+            registry=registry,
+        )
+        self._retries = Counter(
+            "sollol_retries", "Attempts that were followed by another one.", ("reason",), registry=registry
+        )
+        self._decisions = Counter(
+            "sollol_decisions", "Placements decided.", ("host", "policy"), registry=registry
+        )
+        self._tokens = Counter(
+            "sollol_tokens", "Tokens as the nodes counted them.", ("host", "model", "kind"), registry=registry
+        )
+        self._hook_errors = Counter(
+            "sollol_hook_errors", "Exceptions in the proxy's own code.", ("hook",), registry=registry
+        )
+        build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
+        build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
+        registry.register(_FleetCollector(fleet, self.tallies, now))
+
+    def observe(self, record: Record) -> None:
+        """Count a finished request; those about the proxy itself are not requests."""
+        if record.endpoint is None or record.ended_s is None:
+            return
+        host = record.attempts[-1].node if record.attempts else NO_HOST
+        model = self._model(record.ask.key if record.ask else "")
+        self._requests.labels(host, model, STATUS.get(record.outcome or "", "failure")).inc()
+        for decision in record.decisions:
+            self._decisions.labels(decision.node or NO_HOST, decision.policy).inc()
+        self._tally(record)
+        if host == NO_HOST:
+            return
+        self.finished += 1
+        if record.outcome == "ok":
+            self._duration.labels(host).observe(record.ended_s - record.started_s)
+        if record.first_byte_s is not None:
+            self._first_byte.labels(host).observe(record.first_byte_s - record.started_s)
+        if record.stats:
+            self._tokens.labels(host, model, "prompt").inc(record.stats.prompt_tokens or 0)
+            self._tokens.labels(host, model, "output").inc(record.stats.output_tokens or 0)
+
+    def retried(self, reason: str) -> None:
+        """Count a retry; ``reason`` is the retry table's word."""
+        self._retries.labels(reason).inc()
+
+    def hook_failed(self, hook: str) -> None:
+        """Count an exception in ``hook``."""
+        self._hook_errors.labels(hook).inc()
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """All metrics in the format that the scraper's Accept header asks for, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _tally(self, record: Record) -> None:
+        for attempt in record.attempts:
+            if attempt.outcome in NEUTRAL:
+                continue
+            tally = self.tallies.setdefault(attempt.node, Tally())
+            if attempt.outcome != "ok":
+                tally.failed += 1
+                continue
+            tally.served += 1
+            if attempt.ended_s is not None:
+                tally.latencies_s.append(attempt.ended_s - attempt.started_s)
+                tally.latency_sum_s += attempt.ended_s - attempt.started_s
+
+    def _model(self, key: str) -> str:
+        """The label for a canonical name: clients can make up any number of names."""
+        return names.display(key) if any(key in node.models for node in self.fleet) else OTHER if key else ""
+
+
+class _FleetCollector(Collector):
+    """Gauges that are the fleet's own state, made at each scrape."""
+
+    def __init__(self, fleet: Fleet, tallies: dict[str, Tally], now: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._tallies = tallies
+        self._now = now
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read the fleet, whose clock may not run yet."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other, each with a sample per node that has a value."""
+        now_s = self._now()
+        health = _per_host("sollol_node_health", "1 takes work, 0.5 is coming back, 0 is out.")
+        memory = _per_host("sollol_gpu_memory_free_bytes", "Free memory of all GPUs of a node.")
+        in_flight = _per_host("sollol_requests_in_flight", "Requests that are on a node now.")
+        for node in self._fleet:
+            health.add_metric((node.name,), load.health(node, now_s))
+            in_flight.add_metric((node.name,), len(node.flights))
+            if (free_bytes := load.gpu_free_bytes(node)) is not None:
+                memory.add_metric((node.name,), free_bytes)
+        depth = GaugeMetricFamily(
+            "sollol_queue_depth", "Requests on a node beyond its slots.", labels=("priority",)
+        )
+        for priority, count in sorted(load.waiting(self._fleet).items()):
+            depth.add_metric((str(priority),), count)
+        yield from (health, memory, in_flight, depth, self._latency())
+
+    def _latency(self) -> Metric:
+        latency = Metric(
+            "sollol_latency_seconds", f"Time a node took for a request; of its last {WINDOW}.", "summary"
+        )
+        for host, tally in self._tallies.items():
+            values = sorted(tally.latencies_s)
+            for share in QUANTILES if values else ():
+                labels = {"host": host, "quantile": str(share)}
+                latency.add_sample("sollol_latency_seconds", labels, quantile(values, share))
+            latency.add_sample("sollol_latency_seconds_count", {"host": host}, tally.served)
+            latency.add_sample("sollol_latency_seconds_sum", {"host": host}, tally.latency_sum_s)
+        return latency
+
+
+def _per_host(name: str, text: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, labels=("host",))
