@@ -1,5 +1,5 @@
 """What every test can use."""
 
-from tests.fakes.fixtures import ollama_node
+from tests.fakes.fixtures import fake_agent, ollama_node
 
-__all__ = ["ollama_node"]
+__all__ = ["fake_agent", "ollama_node"]

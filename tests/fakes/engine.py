@@ -44,7 +44,7 @@ def keep_alive_s(value: object) -> float | None:
         raise ApiError(400, f"Unsupported type: '{type(value).__name__}'")
     if value in ("0", "+0", "-0"):
         return 0.0
-    sign, digits = (-1, value[1:]) if value[:1] in "+-" and value[:1] == "-" else (1, value.lstrip("+"))
+    sign, digits = (-1, value[1:]) if value[:1] == "-" else (1, value.removeprefix("+"))
     terms = _GO_TERM.findall(digits)
     if not terms or "".join(a + b for a, b in terms) != digits:
         problem = "missing unit in" if re.fullmatch(r"\d+(\.\d*)?", digits) else "invalid"

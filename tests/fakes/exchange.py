@@ -94,6 +94,7 @@ class Wire(Protocol):
     async def flush(self) -> None: ...
     def reset(self) -> None: ...
     def close(self) -> None: ...
+    def notice(self) -> None: ...
 
 
 class Exchange:
@@ -223,8 +224,8 @@ class Exchange:
             if at_count or (fault.at == "before_last" and last):
                 await self.act(fault)
         self.record.chunks += 1
-        head, self._pending_head = self._pending_head, b""
-        await self.send(head + self.frame(data))
+        await self.send(self._take_head() + self.frame(data))
+        self._connection.notice()
 
     async def chunks(self, lines: list[bytes]) -> None:
         """Send several objects, one chunk each, in one write (the fast path)."""
@@ -233,8 +234,8 @@ class Exchange:
                 await self.chunk(line)
             return
         self.record.chunks += len(lines)
-        head, self._pending_head = self._pending_head, b""
-        await self.send(head + b"".join(map(self.frame, lines)))
+        await self.send(self._take_head() + b"".join(map(self.frame, lines)))
+        self._connection.notice()
 
     async def end(self) -> None:
         """End a stream."""
@@ -243,8 +244,7 @@ class Exchange:
             return await self.respond(200, held, self._pending_type)
         if self.fault and self.fault.at in ("before_end", "after_chunks", "mid_line"):
             await self.act(self.fault)
-        head, self._pending_head = self._pending_head, b""
-        await self.send(head + (b"0\r\n\r\n" if self.chunked else b""))
+        await self.send(self._take_head() + (b"0\r\n\r\n" if self.chunked else b""))
         self.finish()
 
     def frame(self, data: bytes) -> bytes:
@@ -275,16 +275,17 @@ class Exchange:
     async def act(self, fault: Fault) -> None:
         """Do what ``fault`` says; always raises :class:`Aborted` (or hangs until the client leaves)."""
         self.record.outcome = "faulted"
+        self._connection.notice()
         if fault.delay_s:
             await asyncio.sleep(fault.delay_s)
         connection = self._connection
         self.fault = None
         if fault.do == "hang":
             await asyncio.get_running_loop().create_future()
-        if fault.do == "error" and self.error_chunk is not None:
+        if fault.do == "error" and self._streaming and self.error_chunk is not None:
             self.record.chunks += 1
             await self.send(self._take_head() + self.frame(self.error_chunk(fault.text)))
-        if fault.do in ("error", "end"):
+        if fault.do in ("error", "end") and self._streaming:
             await self.send(self._take_head() + (b"0\r\n\r\n" if self.chunked else b""))
             raise Aborted(reuse=True)
         if fault.do == "garbage":
@@ -315,6 +316,7 @@ class Exchange:
     ) -> bytes:
         self.record.status = status
         self.record.head_sent_s = time.monotonic()
+        self._connection.notice()
         lines = [f"HTTP/1.1 {status} {_reason(status)}"]
         lines += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]
         if content_type:

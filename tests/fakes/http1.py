@@ -12,6 +12,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import h11
 
@@ -37,8 +38,7 @@ class Connection(asyncio.Protocol):
     # asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         self._server.connections.add(self)
         self._server.accepted += 1
         self._server.notice()
@@ -122,6 +122,18 @@ class Connection(asyncio.Protocol):
         """Close the connection in order."""
         self._transport_().close()
 
+    def notice(self) -> None:
+        """Wake those who wait for a condition."""
+        self._server.notice()
+
+    def end(self) -> None:
+        """Close the connection, at once if its client does not take what was written."""
+        transport = self._transport_()
+        if transport.get_write_buffer_size():
+            transport.abort()
+        else:
+            transport.close()
+
     def _transport_(self) -> asyncio.Transport:
         assert self._transport is not None
         return self._transport
@@ -140,6 +152,8 @@ class Connection(asyncio.Protocol):
             if isinstance(event, h11.Request):
                 self._exchange = Exchange(self, event)
                 self._task = asyncio.get_running_loop().create_task(self._run(self._exchange))
+                self._server.tasks.add(self._task)
+                self._task.add_done_callback(self._server.task_done)
             elif isinstance(event, h11.Data):
                 assert self._exchange is not None
                 self._exchange.feed(bytes(event.data))
@@ -184,6 +198,7 @@ class HttpServer:
         self.notice = Notice()
         self.received: deque[Received] = deque(maxlen=keep_records)
         self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         self.accepted = 0
         self.errors: list[Exception] = []
         self.faults: list[Fault] = []
@@ -193,6 +208,11 @@ class HttpServer:
         self.host = "127.0.0.1"
         self.port = 0
         self._listener: asyncio.Server | None = None
+
+    @property
+    def listening(self) -> bool:
+        """Whether new connections are accepted."""
+        return self._listener is not None
 
     async def listen(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen on ``port`` (0: an ephemeral one, kept when listening again)."""
@@ -215,9 +235,14 @@ class HttpServer:
             if reset:
                 connection.reset()
             else:
-                connection.close()
+                connection.end()
         self.thawed.set()
-        await self.notice.until(lambda: not self.connections)
+        await self.notice.until(lambda: not self.connections and not self.tasks)
+
+    def task_done(self, task: asyncio.Task[None]) -> None:
+        """Forget a request's task."""
+        self.tasks.discard(task)
+        self.notice()
 
     def claim(self, method: str, path: str) -> Fault | None:
         """Take the first waiting fault that matches a request."""

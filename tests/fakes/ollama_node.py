@@ -207,6 +207,11 @@ class FakeOllama:
         """Let faults wait for their requests, in this order."""
         self.server.faults.extend(faults)
 
+    @property
+    def faults_left(self) -> list[Fault]:
+        """The faults that still wait for a request."""
+        return [fault for fault in self.server.faults if fault.times is None or fault.hits < fault.times]
+
     def heal(self) -> None:
         """Drop all waiting faults and accept as usual again (a hanging request stays hanging)."""
         self.server.faults.clear()
@@ -299,22 +304,21 @@ class FakeOllama:
                 await exchange.respond(403)
                 return True
             if exchange.record.method == "OPTIONS":
-                await exchange.respond(204, **{"Access-Control-Allow-Origin": origin})
+                await exchange.respond(204, Access_Control_Allow_Origin=origin)
                 return True
         return False
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.record.path, exchange.record.method
         methods = route(path)
-        text = "text/plain; charset=utf-8"
         if methods is None:
             bare = path.rstrip("/")
             if bare and route(bare) is not None:
                 return await exchange.respond(301 if method == "GET" else 307, Location=bare)
             return await exchange.respond(404, b"404 page not found", "text/plain")
         if method not in methods:
-            allow = {"Allow": ", ".join(methods)}
-            return await exchange.respond(405, b"405 method not allowed", text.split(";")[0], **allow)
+            allow = ", ".join(methods)
+            return await exchange.respond(405, b"405 method not allowed", "text/plain", Allow=allow)
         await methods[method](self, exchange)
 
     async def _error(self, exchange: Exchange, status: int, text: str, fields: dict[str, str]) -> None:

@@ -95,7 +95,7 @@ async def chat(node: FakeOllama, exchange: Exchange) -> None:
             choice = {"index": 0, "message": message, "finish_reason": reason()}
             whole = {**base, "object": "chat.completion", "choices": [choice], "usage": _usage(run)}
             return await exchange.respond(200, orjson.dumps(whole), JSON)
-        encode = {
+        encode: dict[str, Callable[[str], bytes]] = {
             "text": _templated(lambda text: delta({"content": text})),
             "thinking": _templated(lambda text: delta({"content": "", "reasoning": text})),
             "tool": lambda text: event(delta({"content": "", "tool_calls": [_call(run)]})),

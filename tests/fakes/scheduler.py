@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -149,6 +150,12 @@ class _Ask:
     done: asyncio.Future[Runner]
 
 
+def _cancel_with(work: asyncio.Task[Runner], asked: asyncio.Future[Runner]) -> None:
+    """Kill a load whose request has left."""
+    if asked.cancelled():
+        work.cancel()
+
+
 class Scheduler:
     """Loads, shares, expires and evicts runners."""
 
@@ -165,6 +172,7 @@ class Scheduler:
         self._list_lock = asyncio.Lock()  # held while a runner is being closed: /api/ps stalls then
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop_task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def start(self) -> None:
         """Begin to serve the load channel."""
@@ -172,6 +180,7 @@ class Scheduler:
 
     async def stop(self) -> None:
         """End every task."""
+        self._stopped = True
         tasks = [*self._tasks, *([self._loop_task] if self._loop_task else [])]
         for runner in self.runners.values():
             if runner.timer:
@@ -258,7 +267,7 @@ class Scheduler:
 
     def _arm(self, runner: Runner) -> None:
         runner.expires_at = _expiry(runner.session_s)
-        if runner.session_s < FOREVER_S:
+        if runner.session_s < FOREVER_S and not self._stopped:
             loop = asyncio.get_running_loop()
             runner.timer = loop.call_later(runner.session_s, self._spawn_unload, runner)
 
@@ -271,6 +280,8 @@ class Scheduler:
             self._spawn_unload(runner)
 
     def _spawn_unload(self, runner: Runner) -> None:
+        if self._stopped:
+            return
         task = asyncio.get_running_loop().create_task(self._unload(runner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -296,7 +307,7 @@ class Scheduler:
             if ask.done.cancelled():
                 continue
             work = asyncio.get_running_loop().create_task(self._place(ask))
-            ask.done.add_done_callback(lambda done, work=work: work.cancel() if done.cancelled() else None)
+            ask.done.add_done_callback(partial(_cancel_with, work))
             try:
                 await asyncio.wait([work])
             finally:

@@ -26,7 +26,7 @@ async def test_ollama_client_streams_and_does_not(ollama_node: NodeFactory) -> N
     client = ollama.AsyncClient(node.url)
     whole = await client.generate("llama3.2", PROMPT)
     assert whole.response == expected_text(PROMPT)
-    assert whole.eval_count == 8 and whole.done_reason == "stop" and whole.total_duration > 0
+    assert whole.eval_count == 8 and whole.done_reason == "stop" and (whole.total_duration or 0) > 0
     text, last = "", None
     async for part in await client.chat(
         "LLAMA3.2", [{"role": "user", "content": PROMPT}], stream=True, options={"num_predict": 30}
@@ -71,7 +71,11 @@ async def test_openai_client(ollama_node: NodeFactory) -> None:
     assert whole.choices[0].message.content == expected_text(PROMPT)
     text, usage = "", None
     async for chunk in await client.chat.completions.create(  # type: ignore[call-overload]
-        model="llama3.2", messages=messages, stream=True, max_tokens=12, stream_options={"include_usage": True}
+        model="llama3.2",
+        messages=messages,
+        stream=True,
+        max_tokens=12,
+        stream_options={"include_usage": True},
     ):
         usage = chunk.usage or usage
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
@@ -83,7 +87,9 @@ async def test_openai_client(ollama_node: NodeFactory) -> None:
     vector = await client.embeddings.create(model="nomic-embed-text", input="one")
     assert len(vector.data[0].embedding) == 64
     assert {m.id async for m in client.models.list()} == {"llama3.2:latest", "nomic-embed-text:latest"}
-    assert (await client.responses.create(model="llama3.2", input=PROMPT)).output_text == expected_text(PROMPT)
+    assert (await client.responses.create(model="llama3.2", input=PROMPT)).output_text == expected_text(
+        PROMPT
+    )
     async with client.responses.stream(model="llama3.2", input=PROMPT) as stream:
         assert (await stream.get_final_response()).output_text == expected_text(PROMPT)
     heard = await client.audio.transcriptions.create(model="llama3.2", file=("a.wav", PROMPT.encode()))
