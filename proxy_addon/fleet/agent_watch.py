@@ -22,7 +22,8 @@ GUESS_EVERY_S = 30.0  #: between two quiet tries at an agent that nobody named
 class AgentWatch:
     """Fills ``node.report``, and empties it when the agent is gone.
 
-    Where nobody named an agent, the default port of the node's host is tried now and then; what answers there
+    The agent's token is sent to whoever stands in for it by configuration, not by announcement. Where nobody
+    named an agent, the default port of the node's host is tried now and then; what answers there
     is taken for this node's agent only if it reports on an Ollama with this node's port.
     """
 
@@ -56,8 +57,9 @@ class AgentWatch:
         if not self._guesses or now_s < self._next_guess_s:
             return
         self._next_guess_s = now_s + GUESS_EVERY_S
-        host = f"[{self._node.host}]" if ":" in self._node.host else self._node.host
-        url = f"http://{host}:{AGENT_PORT}"
+        # A coordinator reports for itself, beside the Ollama API.
+        port = self._node.port if self._node.kind == "shard" else AGENT_PORT
+        url = str(URL.build(scheme="http", host=self._node.host, port=port))
         try:
             report = await self._fetch(url)
         except ReportTooNew as failure:
@@ -71,7 +73,7 @@ class AgentWatch:
 
     async def _fetch(self, url: str) -> Report:
         headers = {IN_FLIGHT_HEADER: f"{self._proxy_id}={len(self._node.flights)}"}
-        if self._token is not None:
+        if self._token is not None and self._node.source != "mdns":  # anybody can announce anything
             headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
         body = await fetch(self._http, URL(url) / "v1/report", self._timeout_s, headers=headers)
         return parse_report(body)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 FAILURES_TO_EJECT = 3  #: consecutive failures of requests; a refused connection ejects at once
 BASE_EJECTION_S = 2.0
 MAX_EJECTION_S = 60.0
+FULL_RETURN = 8  #: requests at a time that keep any one node at work; who carries them is back for good
 
 
 @dataclass(slots=True)
@@ -19,7 +20,7 @@ class Health:
     """Consecutive failures, the current ejection, and how far the node has come back."""
 
     failures: int = 0
-    ejections: int = 0
+    ejections: int = 0  #: since the node was last back for good
     ejected_until_s: float = 0.0
     reason: str | None = None
     allowance: int | None = None  #: requests at a time while coming back; None: no limit
@@ -29,11 +30,18 @@ class Health:
         return now_s < self.ejected_until_s
 
     def failed(self, now_s: float, reason: str, fatal: bool = False) -> bool:
-        """Count a failure; ``fatal`` ones (refused, reset, hung) eject at once. Returns whether it is out."""
+        """Count a failure and return whether the node is out.
+
+        Ejected at once are ``fatal`` failures (refused, reset, hung) and those of a node that is on trial,
+        which has not carried a request since it came back. What still fails during an ejection was sent
+        before it and does not prolong it.
+        """
         self.failures += 1
         self.reason = reason
-        if (fatal or self.failures >= FAILURES_TO_EJECT) and not self.ejected(now_s):
-            self.ejected_until_s = now_s + min(BASE_EJECTION_S * 2**self.ejections, MAX_EJECTION_S)
+        on_trial = self.allowance == 1
+        if (fatal or on_trial or self.failures >= FAILURES_TO_EJECT) and not self.ejected(now_s):
+            # 2 to the 10th is beyond the cap; without a bound the power outgrows a float.
+            self.ejected_until_s = now_s + min(BASE_EJECTION_S * 2 ** min(self.ejections, 10), MAX_EJECTION_S)
             self.ejections += 1
             self.allowance = 1
         return self.ejected(now_s)
@@ -44,15 +52,17 @@ class Health:
         self.reason = None
         if self.allowance is not None:
             self.allowance *= 2
-            if self.allowance > 8:  # enough for any one node to be at work fully
+            if self.allowance > FULL_RETURN:
                 self.allowance = None
                 self.ejections = 0
 
     def polled(self) -> None:
-        """The node answered an active poll after it was unreachable: let one request try it."""
+        """The node answers polls again after it was lost: let one request try it.
+
+        An ejection that requests have brought stays: an answer to a poll does not show that work succeeds.
+        """
         self.failures = 0
-        if self.allowance is None and self.ejections:
-            self.allowance = 1
+        self.allowance = 1
 
     def admits(self, in_flight: int) -> bool:
         """Whether a node with ``in_flight`` requests may be given one more while it comes back."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from agent.report import Model, NodeKind, Report, Resident
@@ -15,6 +16,8 @@ from proxy_addon.fleet.health import Health
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask
+
+_TURNS = count(1)
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +30,7 @@ class Flight:
     expected_s: float  #: the decision's whole estimate, queue wait and load included
     first_byte_s: float | None = None
     load: bool = False  #: the decision expects this request to load its model
+    service_s: float | None = None  #: of ``expected_s`` prefill and decode alone; None: all of it
 
     def drop(self) -> None:
         """Take the request off the node; harmless the second time."""
@@ -55,11 +59,13 @@ class Node:
     poll_error: str | None = None
     poll_latency_s: float | None = None
     health: Health = field(default_factory=Health)
+    leaving: bool = False  #: its name or announcement is gone: no new work; removed once idle
     flights: set[Flight] = field(default_factory=set)
     loaded_with: dict[str, tuple[tuple[str, object], ...]] = field(default_factory=dict)
     #: canonical name → the reload key of the last request that we sent there for it
     full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
     unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
+    turn: int = 0  #: grows with each request given to any node: who has the smallest waits longest
 
     @property
     def name(self) -> str:
@@ -72,13 +78,22 @@ class Node:
         return f"http://{self.name}"
 
     def up(self, now_s: float) -> bool:
-        """Whether it answered its last poll and is not ejected."""
-        return self.polled_s is not None and self.poll_error is None and not self.health.ejected(now_s)
+        """Whether it answered its last poll, is not ejected and not on its way out."""
+        answers = self.polled_s is not None and self.poll_error is None
+        return answers and not self.leaving and not self.health.ejected(now_s)
 
-    def take(self, ask: Ask, now_s: float, expected_s: float, load: bool = False) -> Flight:
+    def take(
+        self,
+        ask: Ask,
+        now_s: float,
+        expected_s: float,
+        load: bool = False,
+        service_s: float | None = None,
+    ) -> Flight:
         """Count a request as in flight here until its handle is dropped."""
-        flight = Flight(self, ask, now_s, expected_s, load=load)
+        flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
         self.flights.add(flight)
+        self.turn = next(_TURNS)
         return flight
 
 
@@ -114,7 +129,8 @@ class Fleet:
 
     def holders(self, key: str, now_s: float) -> list[Node]:
         """Nodes that are up and store the model ``key`` (canonical) at the digest the fleet serves."""
-        return [n for n in self.up(now_s) if key in n.models and n.models[key].digest == self.digest(key)]
+        digest = self.digest(key)
+        return [n for n in self.up(now_s) if key in n.models and n.models[key].digest == digest]
 
     def digest(self, key: str) -> str | None:
         """The digest that the fleet serves for ``key``: the newest, where nodes differ."""

@@ -22,6 +22,7 @@ from yarl import URL
 from agent.ollama import names
 from agent.ollama.client import OllamaError, parse_ps, parse_tags
 from agent.report import Model, Resident
+from proxy_addon import access
 from proxy_addon.fleet.agent_watch import AgentWatch
 from proxy_addon.fleet.liveness import Liveness
 from proxy_addon.fleet.node import Fleet, Node
@@ -68,6 +69,8 @@ class NodeWatch:
         self._alive = Liveness(settings.poll.failures_to_lose)
         self._agent = AgentWatch(node, settings, http, proxy_id)
         self._url = URL(node.url)
+        self._headers: dict[str, str] = {}
+        access.stamp(self._headers, proxy_id)
         self._round = 0
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._tags = asyncio.Lock()
@@ -97,7 +100,9 @@ class NodeWatch:
             finally:
                 self.looked.set()
 
-    def _begin[T](self, name: str, look: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T] | None:
+    def _begin[T](
+        self, name: str, look: Callable[[], Coroutine[Any, Any, T]]
+    ) -> asyncio.Task[T | None] | None:
         """Start ``look`` beside the rounds; None while the one before is still on its way."""
         running = self._tasks.get(name)
         if running is not None and not running.done():
@@ -146,7 +151,7 @@ class NodeWatch:
                     return
                 if failure.at_once:
                     raise failure
-        body = await fetch(self._http, self._url / "api/version", self._poll.timeout_s)
+        body = await fetch(self._http, self._url / "api/version", self._poll.timeout_s, headers=self._headers)
         self.node.version = parse_version(body)
 
     def _answered(self, now_s: float) -> None:
@@ -192,7 +197,7 @@ class NodeWatch:
     ) -> PollFailed | None:
         """Give ``take`` the rows at ``path`` by canonical name. A failure is said once, and returned."""
         try:
-            body = await fetch(self._http, self._url / path, timeout_s)
+            body = await fetch(self._http, self._url / path, timeout_s, headers=self._headers)
             seen = hashlib.blake2b(body, digest_size=16).digest()
             known, rows = self._seen.get(path, (b"", {}))
             if seen != known:

@@ -17,6 +17,8 @@ Http = Callable[[], aiohttp.ClientSession]
 #: More than any list of models or report is: a wrong address must not fill the memory.
 LONGEST_ANSWER_BYTES = 32 << 20
 
+LOOP = 508  #: how a proxy answers what it has sent itself (``access.loop``)
+
 
 class PollFailed(Exception):
     """No usable answer. The text completes "NODE …"; ``at_once``: no second try would fare better."""
@@ -46,11 +48,14 @@ async def fetch(
             other status.
     """
     method = "GET" if json is None else "POST"
+    headers = {"Accept-Encoding": "identity", **(headers or {})}
     limits = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with http().request(
             method, url, headers=headers, json=json, timeout=limits, allow_redirects=False
         ) as answer:
+            if answer.status == LOOP:
+                raise PollFailed("is this proxy itself under another address", at_once=True)
             if answer.status != 200:
                 raise PollFailed(f"answered {url.path} with status {answer.status}")
             return await _read(answer, url)
