@@ -68,7 +68,10 @@ def parse_ps(body: bytes) -> list[Resident]:
 
 
 class OllamaClient:
-    """One server and the connections to it. Made inside a running loop; closed with ``async with``."""
+    """One server and the connections to it. Made inside a running loop; closed with ``async with``.
+
+    Raises ValueError with a sentence for an address that is none. Paths are given without a query.
+    """
 
     def __init__(
         self,
@@ -77,9 +80,7 @@ class OllamaClient:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        self.url = URL(url)
-        if self.url.scheme not in ("http", "https") or not self.url.host:
-            raise ValueError(f"Ollama's address must look like http://127.0.0.1:11434, not {url!r}")
+        self.url = _address(url)
         self._connect_timeout_s = connect_timeout_s
         self._answer_timeout_s = answer_timeout_s
         self._session = aiohttp.ClientSession(
@@ -201,6 +202,16 @@ class OllamaClient:
             raise OllamaUnreachable(f"{self.url} did not answer {path} in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise OllamaUnreachable(f"{self.url} cannot be reached: {_reason(error)}") from error
+
+
+def _address(text: str) -> URL:
+    try:
+        url = URL(text)
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"Ollama's address must look like http://127.0.0.1:11434, not {text!r}")
+    return url
 
 
 def _reason(error: Exception) -> str:

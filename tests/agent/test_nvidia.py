@@ -1,5 +1,6 @@
 """NVML through the real pynvml and ctypes, on a driver that misbehaves as told."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_a_trouble_that_stays_is_asked_after_less_and_less_often(driver: Driver,
     for _ in range(300):
         gpus.read()
         clock.now_s += 1
-    waits = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    waits = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert waits[:5] == [2, 4, 8, 16, 32]
     assert set(waits[5:]) == {RETRY_LONGEST_S}
 
