@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tests.fakes import tokens
-from tests.fakes.scheduler import FOREVER_S, Runner, Scheduler, Slot, clock_ns
+from tests.fakes.machine import Runner, Slot
+from tests.fakes.scheduler import FOREVER_S, Scheduler, clock_ns
 from tests.fakes.store import FakeModel
 
 Kind = Literal["thinking", "text", "tool"]
@@ -136,6 +137,7 @@ class Generation:
             stats.load_ns = clock_ns() - stats.started_ns
             self._slot, cached = await runner.take_slot(job.prompt)
             runner.decoding += 1
+            runner.notice()
             stats.prompt_count = count_tokens(job.prompt)
             evaluated = max(1, stats.prompt_count - cached // CHARACTERS_PER_TOKEN)
             began = clock_ns()

@@ -12,8 +12,8 @@ import orjson
 
 from tests.fakes.engine import ApiError
 from tests.fakes.exchange import Exchange
+from tests.fakes.machine import Runner
 from tests.fakes.native_api import JSON, NDJSON, error_line, line
-from tests.fakes.scheduler import Runner
 from tests.fakes.store import FakeModel, canonical, short
 
 if TYPE_CHECKING:

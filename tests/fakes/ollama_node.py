@@ -13,7 +13,7 @@ The answer's tokens derive from the prompt: ``[[id:abc]]`` gives `` abc-0 abc-1 
 :func:`tests.fakes.tokens.check_stream` finds each lost, doubled or foreign one; ``[[n:50]]`` sets the length.
 Durations (load, prefill, decode, pull) are those of a real machine times ``time_scale``; what a client asks
 for (keep_alive) is not scaled. The machine's sizes and speeds are the fields of
-:class:`~tests.fakes.scheduler.NodeSpec`, given here by keyword.
+:class:`~tests.fakes.machine.NodeSpec`, given here by keyword.
 
 Whole-node failures: ``refuse()`` (listener closed), ``accept_again()``, ``black_hole()`` (accepts, never
 answers), ``slow_accept(seconds)``, ``freeze()`` and ``thaw()`` (as SIGSTOP and SIGCONT), ``kill()`` (all
@@ -41,7 +41,8 @@ from tests.fakes.engine import ApiError
 from tests.fakes.exchange import Exchange, Received
 from tests.fakes.faults import Fault
 from tests.fakes.http1 import HttpServer
-from tests.fakes.scheduler import Busy, LoadFailed, NodeSpec, Scheduler
+from tests.fakes.machine import NodeSpec
+from tests.fakes.scheduler import Busy, LoadFailed, Scheduler
 from tests.fakes.store import GIB, FakeModel, Store, canonical, embedding_model
 
 __all__ = ["FakeModel", "FakeOllama", "Fault", "NodeSpec", "embedding_model"]

@@ -7,8 +7,8 @@ import asyncio
 import signal
 from dataclasses import fields
 
+from tests.fakes.machine import NodeSpec
 from tests.fakes.ollama_node import FakeOllama
-from tests.fakes.scheduler import NodeSpec
 from tests.fakes.store import FakeModel, embedding_model
 
 

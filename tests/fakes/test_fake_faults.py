@@ -144,7 +144,7 @@ async def test_clean_end_without_done(ollama_node: NodeFactory) -> None:
 async def test_a_whole_answer_is_cut_too(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
     for at in ("mid_head", "after_head", "mid_line", "before_end"):
-        node.fail(faults.rst(at))  # type: ignore[arg-type]
+        node.fail(faults.rst(at))
         answer = await ask(node.host_port, WHOLE)
         assert answer.ending == "rst"
         missing = int(answer.headers.get("content-length", 0)) - len(answer.body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anthropic
 import ollama
 import openai
@@ -12,7 +14,7 @@ from tests.fakes.store import FakeModel, embedding_model
 from tests.fakes.tokens import StreamError, check_stream, expected_text, expected_thinking
 
 PROMPT = "hello [[id:abc]]"
-TOOL = {
+TOOL: Any = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -42,7 +44,7 @@ async def test_ollama_client_streams_and_does_not(ollama_node: NodeFactory) -> N
 async def test_ollama_client_thinks_and_calls_tools(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
     client = ollama.AsyncClient(node.url)
-    messages = [{"role": "user", "content": PROMPT}]
+    messages: Any = [{"role": "user", "content": PROMPT}]
     thought = await client.chat("llama3.2", messages, think=True)
     assert thought.message.thinking == expected_thinking(PROMPT)
     assert thought.message.content == expected_text(PROMPT)
@@ -66,11 +68,11 @@ async def test_ollama_client_embeds(ollama_node: NodeFactory) -> None:
 async def test_openai_client(ollama_node: NodeFactory) -> None:
     node = await ollama_node([FakeModel("llama3.2"), embedding_model("nomic-embed-text")])
     client = openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key="x", max_retries=0)
-    messages = [{"role": "user", "content": PROMPT}]
-    whole = await client.chat.completions.create(model="llama3.2", messages=messages)  # type: ignore[arg-type]
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    whole = await client.chat.completions.create(model="llama3.2", messages=messages)
     assert whole.choices[0].message.content == expected_text(PROMPT)
     text, usage = "", None
-    async for chunk in await client.chat.completions.create(  # type: ignore[call-overload]
+    async for chunk in await client.chat.completions.create(
         model="llama3.2",
         messages=messages,
         stream=True,
@@ -80,7 +82,7 @@ async def test_openai_client(ollama_node: NodeFactory) -> None:
         usage = chunk.usage or usage
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
     assert check_stream(text, PROMPT, 12) == 12 and usage is not None and usage.completion_tokens == 12
-    called = await client.chat.completions.create(model="llama3.2", messages=messages, tools=[TOOL])  # type: ignore[call-overload]
+    called: Any = await client.chat.completions.create(model="llama3.2", messages=messages, tools=[TOOL])
     assert called.choices[0].message.tool_calls[0].function.arguments == '{"city":"abc"}'
     said = [c async for c in await client.completions.create(model="llama3.2", prompt=PROMPT, stream=True)]
     assert "".join(c.choices[0].text for c in said) == expected_text(PROMPT)
@@ -95,28 +97,28 @@ async def test_openai_client(ollama_node: NodeFactory) -> None:
     heard = await client.audio.transcriptions.create(model="llama3.2", file=("a.wav", PROMPT.encode()))
     assert heard.text == expected_text(PROMPT)
     with pytest.raises(openai.NotFoundError, match="model 'nope' not found"):
-        await client.chat.completions.create(model="nope", messages=messages)  # type: ignore[arg-type]
+        await client.chat.completions.create(model="nope", messages=messages)
 
 
 async def test_anthropic_client(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
     client = anthropic.AsyncAnthropic(base_url=node.url, api_key="x", max_retries=0)
-    messages = [{"role": "user", "content": PROMPT}]
-    whole = await client.messages.create(model="llama3.2", max_tokens=9, messages=messages)  # type: ignore[arg-type]
-    assert whole.content[0].text == expected_text(PROMPT, 9) and whole.stop_reason == "max_tokens"  # type: ignore[union-attr]
-    async with client.messages.stream(model="llama3.2", max_tokens=20, messages=messages) as stream:  # type: ignore[arg-type]
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    whole: Any = await client.messages.create(model="llama3.2", max_tokens=9, messages=messages)
+    assert whole.content[0].text == expected_text(PROMPT, 9) and whole.stop_reason == "max_tokens"
+    async with client.messages.stream(model="llama3.2", max_tokens=20, messages=messages) as stream:
         assert check_stream("".join([text async for text in stream.text_stream]), PROMPT, 20) == 20
-    tool = {"name": "weather", "input_schema": TOOL["function"]["parameters"]}  # type: ignore[index]
+    tool: Any = {"name": "weather", "input_schema": TOOL["function"]["parameters"]}
     async with client.messages.stream(
         model="llama3.2",
         max_tokens=9,
-        messages=messages,  # type: ignore[arg-type]
-        tools=[tool],  # type: ignore[list-item]
+        messages=messages,
+        tools=[tool],
     ) as stream:
-        called = await stream.get_final_message()
-    assert called.stop_reason == "tool_use" and called.content[0].input == {"city": "abc"}  # type: ignore[union-attr]
+        called: Any = await stream.get_final_message()
+    assert called.stop_reason == "tool_use" and called.content[0].input == {"city": "abc"}
     with pytest.raises(anthropic.NotFoundError, match="model 'nope' not found"):
-        await client.messages.create(model="nope", max_tokens=9, messages=messages)  # type: ignore[arg-type]
+        await client.messages.create(model="nope", max_tokens=9, messages=messages)
 
 
 @pytest.mark.parametrize(
