@@ -12,8 +12,8 @@ class Candidate:
 
     node: str
     excluded: str | None = None
-    cost: float = float("inf")  #: what the policy minimises: seconds for finish_time, −score for score, …
-    terms: dict[str, float] = field(default_factory=dict)  #: wait_s, load_s, prefill_s, decode_s, failure_s
+    cost: float = float("inf")  #: what the policy minimises: seconds, or minus the score, …
+    terms: dict[str, float] = field(default_factory=dict)  #: what ``cost`` is made of; see the policy
     notes: tuple[str, ...] = ()  #: "resident", "reload: num_ctx 4096 → 8192", "CPU offload 40 %", …
 
 
@@ -34,7 +34,16 @@ class Decision:
     @property
     def expected_s(self) -> float:
         """The estimate of the whole request on the chosen node, seconds; 0 where the policy has none."""
-        return sum(self.chosen.terms.values()) if self.chosen and self.policy == "finish_time" else 0.0
+        return self._sum("wait_s", "load_s", "prefill_s", "decode_s")
+
+    @property
+    def service_s(self) -> float:
+        """Of it what the node works on this request alone: prefill and decode."""
+        return self._sum("prefill_s", "decode_s")
+
+    def _sum(self, *names: str) -> float:
+        terms = self.chosen.terms if self.chosen else {}
+        return sum(terms.get(name, 0.0) for name in names)
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""

@@ -1,0 +1,295 @@
+"""How fast nodes are, learned from what Ollama says at the end of each answer; kept over restarts.
+
+A speed is looked for in this order: measured for this model on this node; the hardware's promise
+(hardware.py) times how far this node's other models were above or below theirs; the promise times the best
+such correction in the fleet. The last makes a machine that nobody has measured look as good as the best of
+its kind, so that it is tried once and then judged by its own work (optimism in the face of uncertainty).
+
+Speeds are means of logarithms with forgetting: a node that is three times slower for once moves its estimate
+as far as one that is three times faster. Measured decode speeds are brought to the standard of "alone, wholly
+on the accelerator" and are predicted from there, so that one measurement serves all loads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.report import Model, Report
+from proxy_addon.endpoints import Task
+from proxy_addon.fleet import hardware
+from proxy_addon.fleet.hardware import Hardware
+from proxy_addon.fleet.measured import GAIN, PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
+
+if TYPE_CHECKING:
+    from proxy_addon.ask import Ask
+    from proxy_addon.fleet.node import Node
+    from proxy_addon.record import FinalStats
+
+PREFILL_GAIN_UP = 0.05  #: see :meth:`Speeds._prefill`
+OUTPUT_TOKENS = 256.0  #: of a model that nobody has asked yet
+OUTPUT_GAIN = 0.05
+NEIGHBOUR_SLOWDOWN = 0.25  #: per sequence beside: decoding shares the reading of weights, not the arithmetic
+MIN_PREFILL_TOKENS = 32  #: shorter prompts measure the overhead of a batch
+MAX_PREFILL_PER_DECODE = 500.0  #: beyond it the prompt was in the prefix cache (an H100 has about 150)
+MIN_DECODE_TOKENS = 4
+MIN_LOAD_S = 0.1  #: a shorter "load" only looked up a loaded runner
+MAX_LOAD_BYTES_S = 64e9  #: PCIe 5.0 ×16; what is faster was no load
+LOST_S = 1.0  #: what a failed attempt costs at least: a retry of a limited budget, a cold prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The speeds to expect of one model on one node, alone and wholly on its accelerator."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    load_s: float
+    load_bytes_s: float
+    cpu_slowdown: float
+    report: Report | None  #: what the estimate was made from
+    size_bytes: int
+
+
+class Speeds:
+    """All that was learned. ``estimate`` and the readers are cheap; ``observe`` is called once a request."""
+
+    def __init__(self, state: State | None = None) -> None:
+        state = state or State()
+        self.nodes = state.nodes
+        self.models = state.models
+        self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
+        self._hardware: dict[str, tuple[Report | None, Hardware]] = {}
+        self._best: dict[bool, tuple[float, float]] = {}
+        #: known hardware? → the best (prefill, decode) correction
+        for known in (False, True):
+            self._compare(known)
+
+    @classmethod
+    def load(cls, path: Path) -> Speeds:
+        """The speeds saved at ``path``; none where there is no such file or a broken one (``State.load``)."""
+        return cls(State.load(path))
+
+    def save(self, path: Path) -> None:
+        """Keep the speeds at ``path``, atomically. Raises OSError. May be called from another thread."""
+        State(nodes=self.nodes, models=self.models).save(path)
+
+    def to_json(self) -> bytes:
+        """All that was learned, for :meth:`from_json`."""
+        return State(nodes=self.nodes, models=self.models).to_json()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Speeds:
+        """The inverse of :meth:`to_json`. Raises ValueError for anything else."""
+        return cls(State.from_json(text))
+
+    # what is expected
+
+    def estimates(self, key: str) -> dict[str, Estimate]:
+        """Estimates of the model ``key`` made so far, by node; valid while report and size are the same."""
+        return self._cache.setdefault(key, {})
+
+    def estimate(self, name: str, node: Node, key: str, row: Model) -> Estimate:
+        """The speeds of the model ``key`` on ``node``, whose name is ``name``; ``row`` is its row there."""
+        cache = self.estimates(key)
+        found = cache.get(name)
+        if found is None or found.report is not node.report or found.size_bytes != row.size:
+            found = cache[name] = self._estimate(name, node, key, row.size)
+        return found
+
+    def output_tokens(self, ask: Ask) -> float:
+        """Tokens that the answer to ``ask`` is expected to have."""
+        if ask.task is Task.EMBED or ask.load_only:
+            return 0.0
+        model = self.models.get(ask.key)
+        learned = model.output_tokens.get(ask.task) if model else None
+        tokens = learned.value if learned else OUTPUT_TOKENS
+        return tokens if ask.max_tokens is None else min(tokens, float(ask.max_tokens))
+
+    def prompt_tokens(self, ask: Ask) -> float:
+        """Tokens that the prompt of ``ask`` is expected to have."""
+        model = self.models.get(ask.key)
+        return ask.prompt_tokens * (model.prompt_ratio.value if model else 1.0)
+
+    def size_ratio(self, key: str) -> float:
+        """How many times its estimate the model ``key`` takes in memory; 1 before it was seen there."""
+        model = self.models.get(key)
+        return model.size_ratio.value if model else 1.0
+
+    def failure_odds(self, name: str, now_s: float) -> float:
+        """Failed attempts to expect on the node ``name`` before one succeeds."""
+        node = self.nodes.get(name)
+        failure = node.outcomes.failure(now_s) if node else PRIOR_FAILURE
+        return failure / (1 - failure)
+
+    def lost_s(self, name: str) -> float:
+        """Seconds that a failed attempt on the node ``name`` costs, besides its share of the work."""
+        node = self.nodes.get(name)
+        return LOST_S + (node.lost_s.value if node else 0.0)
+
+    def success_rate(self, name: str, now_s: float) -> float:
+        """Share of the requests of the node ``name`` that succeed."""
+        node = self.nodes.get(name)
+        return 1 - (node.outcomes.failure(now_s) if node else PRIOR_FAILURE)
+
+    def _estimate(self, name: str, node: Node, key: str, size_bytes: int) -> Estimate:
+        machine = self._machine(name, node.report)
+        learned = self.nodes.get(name) or OfNode()
+        model = learned.models.get(key) or ModelOnNode()
+        best = self._best.get(machine.known, (1.0, 1.0))
+        own = learned.prefill.measured, learned.decode.measured
+        prefill, decode = (
+            mine if mine and learned.known == machine.known else other
+            for mine, other in zip(own, best, strict=True)
+        )
+        prefill_tok_s = model.prefill_tok_s.measured or machine.prefill_tok_s(size_bytes) * prefill
+        decode_tok_s = model.decode_tok_s.measured or machine.decode_tok_s(size_bytes) * decode
+        load_bytes_s = learned.load_bytes_s.measured or hardware.LOAD_BYTES_S
+        load_s = model.load_s.measured or size_bytes / load_bytes_s
+        return Estimate(
+            prefill_tok_s, decode_tok_s, load_s, load_bytes_s, machine.cpu_slowdown, node.report, size_bytes
+        )
+
+    def _machine(self, name: str, report: Report | None) -> Hardware:
+        seen = self._hardware.get(name)
+        if seen is None or seen[0] is not report:
+            seen = self._hardware[name] = (report, hardware.of(report))
+        return seen[1]
+
+    # what is learned
+
+    def observe(
+        self,
+        node: Node,
+        ask: Ask,
+        stats: FinalStats | None,
+        first_byte_s: float,
+        total_s: float,
+        concurrency: int,
+        now_s: float,
+    ) -> None:
+        """Learn from an answer that ended well.
+
+        ``first_byte_s`` and ``total_s`` count from the moment the request was sent to ``node``;
+        ``concurrency`` is the number of requests in flight there, this one included.
+        """
+        name = node.name
+        learned = self.nodes.setdefault(name, OfNode())
+        learned.outcomes.add(False, now_s)
+        row = node.models.get(ask.key)
+        if stats is None or row is None or ask.unload:
+            return
+        machine = self._machine(name, node.report)
+        if learned.known != machine.known:  # an agent came or went: the corrections relate to another promise
+            learned.known, learned.prefill, learned.decode = machine.known, Rate(), Rate()
+        here = learned.models.setdefault(ask.key, ModelOnNode())
+        self._of_model(ask, stats)
+        decode_tok_s = _decode_tok_s(ask, stats, first_byte_s, total_s)
+        self._prefill(learned, here, stats, decode_tok_s, machine.prefill_tok_s(row.size))
+        if decode_tok_s:
+            alone = decode_tok_s * _handicap(node, ask.key, concurrency, machine)
+            here.decode_tok_s.add(alone)
+            learned.decode.add(alone / machine.decode_tok_s(row.size))
+        # Ollama's load_duration includes waiting for other requests, so only a lone one tells of the load.
+        if stats.load_s and stats.load_s >= MIN_LOAD_S and concurrency <= 1:
+            load_bytes_s = row.size / stats.load_s
+            if load_bytes_s <= MAX_LOAD_BYTES_S:
+                here.load_s.add(stats.load_s)
+                learned.load_bytes_s.add(load_bytes_s)
+        self._forget_estimates(name, machine.known)
+
+    def observe_failure(self, name: str, lost_s: float, now_s: float) -> None:
+        """Learn that an attempt on the node ``name`` failed after ``lost_s``."""
+        learned = self.nodes.setdefault(name, OfNode())
+        learned.outcomes.add(True, now_s)
+        learned.lost_s.add(max(lost_s, 0.0))
+
+    def observe_size(self, key: str, observed_bytes: int, estimated_bytes: int) -> None:
+        """Learn how much memory the model ``key`` takes; see ``memory.need_bytes`` for the estimate."""
+        if observed_bytes > 0 and estimated_bytes > 0:
+            ratio = min(max(observed_bytes / estimated_bytes, 0.25), 4.0)
+            self.models.setdefault(key, OfModel()).size_ratio.add(ratio)
+
+    def _of_model(self, ask: Ask, stats: FinalStats) -> None:
+        model = self.models.setdefault(ask.key, OfModel())
+        if stats.output_tokens is not None and not ask.load_only and ask.task is not Task.EMBED:
+            model.output_tokens.setdefault(ask.task, Mean()).add(stats.output_tokens, OUTPUT_GAIN)
+        if stats.prompt_tokens and ask.prompt_tokens >= MIN_PREFILL_TOKENS and not ask.images:
+            model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0), OUTPUT_GAIN)
+
+    def _prefill(
+        self,
+        learned: OfNode,
+        here: ModelOnNode,
+        stats: FinalStats,
+        decode_tok_s: float | None,
+        promised_tok_s: float,
+    ) -> None:
+        """Learn the prefill speed from below.
+
+        Ollama counts cached prompt tokens as evaluated but takes no time for them, so a measurement is either
+        true or too high: one above the estimate moves it little, and an impossible one not at all.
+        """
+        if not stats.prompt_tokens or not stats.prefill_s or stats.prompt_tokens < MIN_PREFILL_TOKENS:
+            return
+        measured_tok_s = stats.prompt_tokens / stats.prefill_s
+        if decode_tok_s and measured_tok_s > decode_tok_s * MAX_PREFILL_PER_DECODE:
+            return
+        for rate, value in (
+            (here.prefill_tok_s, measured_tok_s),
+            (learned.prefill, measured_tok_s / promised_tok_s),
+        ):
+            rate.add(value, PREFILL_GAIN_UP if value > rate.value else GAIN)
+
+    def _forget_estimates(self, name: str, known: bool) -> None:
+        if self._compare(known):
+            self._cache.clear()  # every unmeasured node is compared with the best one
+        else:
+            for estimates in self._cache.values():
+                estimates.pop(name, None)
+
+    def _compare(self, known: bool) -> bool:
+        """Find the best corrections; returns whether they differ by more than noise from those in use."""
+        best = _best(node for node in self.nodes.values() if node.known == known)
+        before = self._best.get(known, (1.0, 1.0))
+        if all(abs(math.log(new / old)) <= 0.05 for new, old in zip(best, before, strict=True)):
+            return False
+        self._best[known] = best
+        return True
+
+
+def slowdown(neighbours: int) -> float:
+    """How many times longer a token takes while ``neighbours`` other sequences are decoded on the node."""
+    return 1 + NEIGHBOUR_SLOWDOWN * max(neighbours, 0)
+
+
+def _best(nodes: Iterable[OfNode]) -> tuple[float, float]:
+    prefill, decode = [], []
+    for node in nodes:
+        if node.prefill.n:
+            prefill.append(node.prefill.value)
+        if node.decode.n:
+            decode.append(node.decode.value)
+    return max(prefill, default=1.0), max(decode, default=1.0)
+
+
+def _decode_tok_s(ask: Ask, stats: FinalStats, first_byte_s: float, total_s: float) -> float | None:
+    """Tokens a second of the answer; from the stream's own timing where the protocol has no durations."""
+    tokens = stats.output_tokens or 0
+    if tokens < MIN_DECODE_TOKENS:
+        return None
+    if stats.decode_s:
+        return tokens / stats.decode_s
+    streamed_s = total_s - first_byte_s
+    return (tokens - 1) / streamed_s if ask.stream and streamed_s > 0 else None
+
+
+def _handicap(node: Node, key: str, concurrency: int, machine: Hardware) -> float:
+    """How many times slower than alone and wholly on the accelerator ``node`` worked."""
+    resident = node.resident.get(key)
+    share = resident.size_vram / resident.size if resident and resident.size else 1.0
+    beside = slowdown(min(concurrency, node.parallel) - 1)
+    return beside * hardware.offload_slowdown(min(share, 1.0), machine.cpu_slowdown)

@@ -1,0 +1,104 @@
+"""The policy ``finish_time``: the node that is expected to finish the request first, in seconds.
+
+``finish = queue wait + load + prefill + decode``, from measured speeds (learning.py), plus what the choice is
+expected to cost beyond the request itself: the reload of evicted models, and failed attempts.
+"""
+
+from __future__ import annotations
+
+from proxy_addon.fleet import hardware
+from proxy_addon.fleet.learning import Estimate, slowdown
+from proxy_addon.placement.runner import Start, load_left_s, loading, queue, slots_of
+from proxy_addon.placement.scene import Cost, Place, Scene
+
+EVICTED_IS_WANTED = 0.5  #: probability that an evicted model is asked for again and must be loaded
+WORK_LOST = 0.5  #: share of the work that is done when an attempt fails
+
+
+class FinishTime:
+    """Minimises the expected seconds until the last byte."""
+
+    def bounds(self, scene: Scene) -> list[float]:
+        """Wait for a slot, load and work at the best conceivable speed."""
+        ask, speeds = scene.ask, scene.speeds
+        key, prompt, output = ask.key, scene.prompt_tokens, scene.output_tokens
+        known = speeds.estimates(key)
+        found = []
+        for place in scene.places:
+            node = place.node
+            estimate = known.get(place.name)
+            if (
+                estimate is None
+                or estimate.report is not node.report
+                or estimate.size_bytes != place.row.size
+            ):
+                estimate = speeds.estimate(place.name, node, key, place.row)
+            seconds = prompt / estimate.prefill_tok_s + output / estimate.decode_tok_s
+            if node.flights:
+                if len(node.flights) >= node.parallel:
+                    seconds += min(queue(node.flights, key, slots_of(node, ask, place.row), scene.now_s))
+            elif key not in node.resident:
+                seconds += estimate.load_s
+            found.append(seconds)
+        return found
+
+    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+        """The sum of wait_s, load_s, prefill_s, decode_s, evict_s and failure_s."""
+        node, key, now_s = place.node, scene.ask.key, scene.now_s
+        estimate = scene.speeds.estimate(place.name, node, key, place.row)
+        free_s = queue(node.flights, key, slots, now_s) if node.flights else [0.0]
+        wait_s, load_s = min(free_s), 0.0
+        if start.loading is not None:
+            load_s = load_left_s(start.loading, now_s)
+        elif start.loads:
+            load_s = estimate.load_s
+            if node.flights:
+                wait_s = max(_load_wait_s(place, start, now_s), max(free_s))
+        beside = _beside(place, key, slots) if node.flights else 0
+        speed = hardware.offload_slowdown(start.gpu_share, estimate.cpu_slowdown) * slowdown(beside)
+        prefill_s = scene.prompt_tokens / estimate.prefill_tok_s
+        if start.gpu_share < 1:
+            prefill_s *= hardware.offload_slowdown(start.gpu_share, estimate.cpu_slowdown)
+        decode_s = scene.output_tokens / estimate.decode_tok_s * speed
+        evict_s = _evict_s(place, start, estimate) if start.evicts else 0.0
+        odds = scene.speeds.failure_odds(place.name, now_s)
+        lost_s = scene.speeds.lost_s(place.name) + WORK_LOST * (load_s + prefill_s + decode_s)
+        failure_s = odds * lost_s
+        total_s = wait_s + load_s + prefill_s + decode_s + evict_s + failure_s
+        terms = {
+            "wait_s": wait_s,
+            "load_s": load_s,
+            "prefill_s": prefill_s,
+            "decode_s": decode_s,
+            "evict_s": evict_s,
+            "failure_s": failure_s,
+        }
+        return Cost(total_s, terms, start.notes)
+
+    def explain(self, cost: Cost) -> str:
+        """The seconds and what they are made of."""
+        parts = ", ".join(f"{name[:-2]} {value:.2f}" for name, value in cost.terms.items() if value >= 0.005)
+        return f"expected to finish first, in {cost.value:.2f} s ({parts or 'nothing to do'})"
+
+
+def _load_wait_s(place: Place, start: Start, now_s: float) -> float:
+    """Loads before ours, and the requests of those models that must make room; both at the same time."""
+    node = place.node
+    waits = [load_left_s(flight, now_s) for flight in loading(node)]
+    for model in start.drains:
+        waits.append(max(queue(node.flights, model, max(node.parallel, 1), now_s)))
+    return max(waits, default=0.0)
+
+
+def _beside(place: Place, key: str, slots: int) -> int:
+    """How many other sequences the node will be decoding while it works on ours."""
+    by_model: dict[str, int] = {}
+    for flight in place.node.flights:
+        by_model[flight.ask.key] = by_model.get(flight.ask.key, 0) + 1
+    ours = min(by_model.pop(key, 0), slots - 1)
+    return ours + sum(min(count, place.node.parallel) for count in by_model.values())
+
+
+def _evict_s(place: Place, start: Start, estimate: Estimate) -> float:
+    evicted = sum(place.node.resident[name].size for name in start.evicts)
+    return EVICTED_IS_WANTED * evicted / estimate.load_bytes_s

@@ -1,0 +1,165 @@
+"""Does a model at a context fit a node, and what must go for it: predictions from shapes and free memory.
+
+The estimate is weights + KV cache + overhead. Ollama's own prediction (v0.30+, ``llm/llama_server.go``)
+ignores sliding windows and explicit head sizes and never looks at system RAM, so this one is llama.cpp's own
+account (``llama-kv-cache.cpp``): per attention layer context × (key + value length) × KV heads × element.
+Observed sizes (``ps.size``) correct it: ``ratio`` below, learned by ``Speeds.observe_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agent.report import Report, Resident
+
+MIB, GIB = 1 << 20, 1 << 30
+KV_ELEMENT_BYTES = 2.0  #: f16, Ollama's default; q8_0 is 1.0625, q4_0 0.5625
+BATCH_TOKENS = 512  #: Ollama's default num_batch, kept in addition to a sliding window
+GPU_RESERVE_BYTES = 457 * MIB  #: CUDA context and library overhead that Ollama sets aside per GPU
+ADDITIONAL_SHARE = 0.8  #: an additional model must be predicted to take no more of what is free (sched.go)
+#: Where the shape is not known: llama 3's 128 KiB per token at 4.9 GB (8B, Q4_K_M), growing with the root of
+#: the size (70B: 40 GB, 320 KiB by its shape, 366 KiB by this rule; 1B: 32 KiB against 66).
+KV_TOKEN_BYTES, KV_MODEL_BYTES = 128 << 10, 4.9e9
+#: Architecture → every how-manieth layer attends to the whole context; the others hold a sliding window.
+GLOBAL_EVERY = {"gemma3": 6, "gptoss": 2, "gpt-oss": 2}
+#: Default num_ctx by the total GPU memory of a node (``server/routes.go``).
+DEFAULT_NUM_CTX = ((47 * GIB, 262_144), (23 * GIB, 32_768), (0, 4096))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What of a model decides how much memory it takes. Read by :func:`shape_of`."""
+
+    weights_bytes: int
+    architecture: str
+    block_count: int
+    head_count_kv: int
+    key_length: int
+    value_length: int
+    context_length: int | None = None  #: what it was trained for; Ollama clamps num_ctx to it
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a model would lie on a node."""
+
+    fits: bool
+    gpu_share: float = 1.0  #: of the model on accelerators; 1 on a machine that has none
+    evicts: tuple[str, ...] = ()  #: canonical names of the residents that must go first
+    note: str = ""  #: why not, or what is special
+
+
+def shape_of(model_info: Mapping[str, Any], weights_bytes: int) -> ModelShape | None:
+    """The shape in ``model_info`` of ``/api/show``; None where that does not have what the formula needs.
+
+    ``/api/show`` gives null for arrays (a head count per layer), and leaves out lengths that follow from
+    others: grouped-query attention with one KV head in four is assumed there, the mildest in wide use.
+    """
+    architecture = str(model_info.get("general.architecture", ""))
+
+    def number(name: str) -> int | None:
+        value = model_info.get(f"{architecture}.{name}")
+        return int(value) if isinstance(value, int | float) and value > 0 else None
+
+    blocks, heads, width = (
+        number("block_count"),
+        number("attention.head_count"),
+        number("embedding_length"),
+    )
+    length = number("attention.key_length") or (width // heads if width and heads else None)
+    heads_kv = number("attention.head_count_kv") or (max(heads // 4, 1) if heads else None)
+    if blocks is None or length is None or heads_kv is None:
+        return None
+    return ModelShape(
+        weights_bytes,
+        architecture,
+        blocks,
+        heads_kv,
+        length,
+        number("attention.value_length") or length,
+        number("context_length"),
+        number("attention.sliding_window"),
+    )
+
+
+def kv_bytes(shape: ModelShape, num_ctx: int, parallel: int = 1) -> int:
+    """Bytes of the KV cache for ``parallel`` sequences of ``num_ctx`` tokens."""
+    every = GLOBAL_EVERY.get(shape.architecture, 1) if shape.sliding_window else 1
+    whole = shape.block_count // every
+    windowed = shape.block_count - whole
+    tokens = whole * num_ctx * parallel
+    if windowed and shape.sliding_window:
+        tokens += windowed * min(num_ctx * parallel, shape.sliding_window * parallel + BATCH_TOKENS)
+    return int(tokens * (shape.key_length + shape.value_length) * shape.head_count_kv * KV_ELEMENT_BYTES)
+
+
+def need_bytes(shape: ModelShape | None, weights_bytes: int, num_ctx: int, parallel: int = 1) -> int:
+    """Memory that a model takes when loaded: weights, KV cache, and compute buffers of up to 1 GiB."""
+    if shape is not None:
+        cache = kv_bytes(shape, num_ctx, parallel)
+    else:
+        cache = int(KV_TOKEN_BYTES * (weights_bytes / KV_MODEL_BYTES) ** 0.5 * num_ctx * parallel)
+    return weights_bytes + cache + min(GIB, 256 * MIB + weights_bytes // 4)
+
+
+def default_num_ctx(report: Report | None) -> int | None:
+    """The context of a request that names none; None where no agent tells how much GPU memory there is."""
+    if report is None:
+        return None
+    total = sum(gpu.memory_total_bytes for gpu in report.gpus)
+    return next(ctx for at_least, ctx in DEFAULT_NUM_CTX if total >= at_least)
+
+
+def fit(
+    need: int,
+    report: Report,
+    resident: Mapping[str, Resident],
+    key: str,
+    busy: Collection[str] = (),
+) -> Fit:
+    """How a model of ``need`` bytes, canonical name ``key``, would lie on the node that sent ``report``.
+
+    A resident of the same name is replaced. Others go, idle ones (not in ``busy``) and those that would
+    expire soonest first, while the model does not fit wholly on the GPUs. What is still too much is computed
+    from RAM; only where that does not suffice either, the model does not fit.
+    """
+    gpus = bool(report.gpus)
+    unified = any(gpu.vendor == "apple" for gpu in report.gpus)
+    gpu_free = sum(max(gpu.memory_free_bytes - GPU_RESERVE_BYTES, 0) for gpu in report.gpus)
+    ram_free = 0 if unified else report.host.ram_available_bytes
+    others = [name for name in resident if name != key]
+    evicts: list[str] = []
+
+    def give_back(name: str) -> None:
+        nonlocal gpu_free, ram_free
+        row = resident[name]
+        gpu_free += row.size_vram if gpus else 0
+        ram_free += 0 if unified else row.size - (row.size_vram if gpus else 0)
+
+    def fast_bytes() -> float:
+        free = gpu_free if gpus else ram_free
+        return free * ADDITIONAL_SHARE if len(evicts) < len(others) else free
+
+    if key in resident:
+        give_back(key)
+    for name in sorted(others, key=lambda name: (name in busy, _expiry(resident[name]))):
+        if need <= fast_bytes():
+            break
+        give_back(name)
+        evicts.append(name)
+    if need > gpu_free + ram_free:
+        return Fit(False, 0.0, tuple(evicts), f"needs {_gb(need)}, has {_gb(gpu_free + ram_free)}")
+    share = min(gpu_free / need, 1.0) if gpus and need else 1.0
+    note = f"CPU offload {1 - share:.0%}" if share < 1 else ""
+    return Fit(True, share, tuple(evicts), note)
+
+
+def _expiry(row: Resident) -> float:
+    return row.expires_at.timestamp() if row.expires_at else float("inf")
+
+
+def _gb(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"

@@ -1,0 +1,175 @@
+"""What a node must do before it can serve a request: nothing, wait for a load under way, load, or reload.
+
+Follows Ollama's scheduler (``server/sched.go``, ``needsReload``): a runner serves a request only if the
+options that shaped it are the same; loads are serial; a reload or eviction waits for the victim's requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agent.report import Model, Resident
+from proxy_addon.ask import Ask, ReloadKey
+from proxy_addon.endpoints import Task
+from proxy_addon.fleet.node import Flight, Node
+from proxy_addon.placement import memory
+from proxy_addon.placement.memory import Fit, ModelShape
+
+OVERRUN = 0.25  #: what has taken longer than expected takes this share of its age longer still
+#: Families whose runners have one slot whatever OLLAMA_NUM_PARALLEL says (``server/sched.go``).
+ONE_SLOT = ("mllama", "qwen3vl", "qwen35", "qwen3next", "lfm2", "nemotron_h")
+DEFAULTS = frozenset(ctx for _, ctx in memory.DEFAULT_NUM_CTX)
+
+
+@dataclass(slots=True)
+class Start:
+    """How a node would get to serve a request."""
+
+    loads: bool = False
+    loading: Flight | None = None  #: the load under way that this request would share
+    drains: tuple[str, ...] = ()  #: models whose requests must end before the load can begin
+    evicts: tuple[str, ...] = ()
+    gpu_share: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+def start(
+    node: Node, ask: Ask, row: Model, shape: ModelShape | None, size_ratio: float, slots: int
+) -> Start | str:
+    """How ``node`` would get to serve ``ask``, or the reason why it cannot."""
+    resident = node.resident.get(ask.key)
+    loading = _loading(node, ask, row) if node.flights else None
+    if loading is not None:
+        return Start(loads=True, loading=loading, notes=("shares a load under way",))
+    change = reload_reason(node, ask, row, resident) if resident else None
+    if resident is not None and change is None:
+        share = min(resident.size_vram / resident.size, 1.0) if resident.size else 1.0
+        if node.report is not None and not node.report.gpus:
+            share = 1.0
+        offload = (f"CPU offload {1 - share:.0%}",) if share < 1 else ()
+        return Start(gpu_share=share, notes=("resident", *offload))
+    if resident is None and any(f.ask.key == ask.key for f in node.flights):
+        return Start(notes=("in use there",))  # loaded since the last poll
+    found = _fit(node, ask, row, shape, size_ratio, slots)
+    if not found.fits:
+        return found.note
+    notes: tuple[str, ...] = (f"reload: {change}" if change else "load",)
+    if found.evicts:
+        notes += (f"evicts {len(found.evicts)}",)
+    if found.note:
+        notes += (found.note,)
+    drains = (ask.key, *found.evicts) if change else found.evicts
+    return Start(True, None, drains, found.evicts, found.gpu_share, notes)
+
+
+def slots_of(node: Node, ask: Ask, row: Model) -> int:
+    """How many requests a runner of the model serves at a time."""
+    if node.parallel == 1 or ask.task is Task.EMBED:
+        return 1
+    family = str(row.details.get("family", ""))
+    return 1 if family.startswith(ONE_SLOT) else node.parallel
+
+
+def reload_reason(node: Node, ask: Ask, row: Model, resident: Resident) -> str | None:
+    """Why the runner of ``resident`` must be loaded anew for ``ask``; None if it can serve it."""
+    sent = node.loaded_with.get(ask.key)
+    running = resident.context_length
+    trained = _trained(row)
+    if sent == ask.reload_key and (ask.num_ctx is None or running in (None, _clamp(ask.num_ctx, trained))):
+        return None
+    before = _others(sent or ())
+    if sent is not None and before != _others(ask.reload_key):
+        return "other options"
+    if sent is None and _others(ask.reload_key):
+        return "options that may differ"
+    if running is None:
+        return None
+    wanted = ask.num_ctx if ask.num_ctx is not None else memory.default_num_ctx(node.report)
+    if wanted is None:  # the default of a node without an agent: one of three
+        alike = running in {_clamp(ctx, trained) for ctx in DEFAULTS}
+        return None if alike else f"num_ctx {running} → default"
+    wanted = _clamp(wanted, trained)
+    return None if running == wanted else f"num_ctx {running} → {wanted}"
+
+
+def queue(flights: Iterable[Flight], key: str, slots: int, now_s: float) -> list[float]:
+    """When each slot of the runner of ``key`` is free, seconds from now, after all requests before us."""
+    ahead = [flight for flight in flights if flight.ask.key == key]
+    free_s = [0.0] * slots
+    if len(ahead) > 1 and slots > 1:
+        ahead.sort(key=lambda flight: flight.started_s)
+    for flight in ahead:
+        first = free_s.index(min(free_s)) if slots > 1 else 0
+        free_s[first] += remaining_s(flight, now_s)
+    return free_s
+
+
+def remaining_s(flight: Flight, now_s: float) -> float:
+    """How long ``flight`` will still occupy a slot."""
+    service_s = flight.service_s if flight.service_s is not None else flight.expected_s
+    age_s = now_s - flight.started_s
+    left_s = flight.expected_s - age_s
+    worked_s = age_s - (flight.expected_s - service_s)
+    return min(max(left_s, OVERRUN * worked_s), max(service_s, OVERRUN * worked_s))
+
+
+def load_left_s(flight: Flight, now_s: float) -> float:
+    """How long the load that ``flight`` waits for will still take."""
+    service_s = flight.service_s if flight.service_s is not None else 0.0
+    age_s = now_s - flight.started_s
+    return max(flight.expected_s - service_s - age_s, OVERRUN * age_s)
+
+
+def loading(node: Node) -> list[Flight]:
+    """The requests for which the node is loading a model, or will, as far as is known here."""
+    return [
+        flight
+        for flight in node.flights
+        if flight.load and flight.first_byte_s is None and not _loaded(node, flight.ask)
+    ]
+
+
+def _loading(node: Node, ask: Ask, row: Model) -> Flight | None:
+    for flight in loading(node):
+        if flight.ask.key == ask.key and _same_runner(node, flight.ask.reload_key, ask.reload_key, row):
+            return flight
+    return None
+
+
+def _loaded(node: Node, ask: Ask) -> bool:
+    resident = node.resident.get(ask.key)
+    row = node.models.get(ask.key)
+    return resident is not None and row is not None and reload_reason(node, ask, row, resident) is None
+
+
+def _same_runner(node: Node, one: ReloadKey, other: ReloadKey, row: Model) -> bool:
+    if one == other:
+        return True
+    default, trained = memory.default_num_ctx(node.report), _trained(row)
+    contexts = [_clamp(dict(key).get("num_ctx", default) or 0, trained) for key in (one, other)]
+    return contexts[0] == contexts[1] and _others(one) == _others(other)
+
+
+def _fit(node: Node, ask: Ask, row: Model, shape: ModelShape | None, size_ratio: float, slots: int) -> Fit:
+    if node.report is None:
+        return Fit(True, note="memory unknown: no agent")
+    if node.kind == "shard":
+        return Fit(True, note="memory is the coordinator's concern")
+    num_ctx = ask.num_ctx if ask.num_ctx is not None else memory.default_num_ctx(node.report) or 4096
+    num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
+    need = int(memory.need_bytes(shape, row.size, num_ctx, slots) * size_ratio)
+    return memory.fit(need, node.report, node.resident, ask.key, {f.ask.key for f in node.flights})
+
+
+def _others(key: ReloadKey) -> ReloadKey:
+    return tuple((name, value) for name, value in key if name != "num_ctx")
+
+
+def _trained(row: Model) -> int | None:
+    value = row.details.get("context_length")
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _clamp(num_ctx: int, trained: int | None) -> int:
+    return min(num_ctx, trained) if trained else num_ctx

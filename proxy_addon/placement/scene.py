@@ -1,0 +1,58 @@
+"""Everything a policy may look at for one decision, and the shape that all policies have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from agent.report import Model
+from proxy_addon.ask import Ask
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Node
+from proxy_addon.placement.memory import ModelShape
+from proxy_addon.placement.runner import Start
+
+
+@dataclass(slots=True)
+class Place:
+    """A node that may be considered, and its row of the asked model."""
+
+    name: str
+    node: Node
+    row: Model
+
+
+@dataclass(slots=True)
+class Scene:
+    """One decision's view of the world."""
+
+    ask: Ask
+    speeds: Speeds
+    now_s: float
+    places: list[Place]
+    shape: ModelShape | None = None
+    prompt_tokens: float = 0.0
+    output_tokens: float = 0.0
+    size_ratio: float = 1.0
+
+
+@dataclass(slots=True)
+class Cost:
+    """What a policy makes of a node: ``value`` is minimised, the rest explains it."""
+
+    value: float
+    terms: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Policy(Protocol):
+    """How nodes are compared."""
+
+    def bounds(self, scene: Scene) -> list[float]:
+        """For each place of ``scene`` a value that its cost is never below, quickly."""
+
+    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+        """The cost of ``place``, which would serve the request as ``start`` says with ``slots`` slots."""
+
+    def explain(self, cost: Cost) -> str:
+        """``cost`` of the chosen node in a few words."""
