@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ import orjson
 from mitmproxy import http
 
 from agent.ollama import names
-from proxy_addon import record
+from proxy_addon import errors, record
 from proxy_addon.ask import Ask, BadRequest
 from proxy_addon.endpoints import Handling
 from proxy_addon.fleet.node import Fleet, Node
@@ -32,7 +33,7 @@ TARGET = "x-sollol-target"  #: header of a pull: the nodes that shall have the m
 
 def place(flow: http.HTTPFlow, rec: Record, node: Node) -> None:
     """Let ``flow`` go to ``node``."""
-    flow.request.scheme, flow.request.host, flow.request.port = "http", node.host, node.port
+    flow.request.scheme, flow.request.host, flow.request.port = "http", node.host, node.port  # Host follows
     rec.node, rec.placed = node, True
 
 
@@ -75,40 +76,23 @@ class OneServer:
         }
 
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Send a blob on to its node as it comes in, or say at once that the node has it.
-
-        Ollama answers 200 to a blob that it has without reading it, and closes the connection on whoever
-        is still sending: so it is asked first.
-
-        Raises:
-            BadRequest: for the client.
-        """
+        """Send a blob on to its node as it comes in, or say at once that the node has it."""
         rec = record.of(flow)
         if rec is None or rec.endpoint is None or flow.response or flow.request.method != "POST":
             return
         if rec.endpoint.path == "/api/blobs/*":
-            now_s = _now_s()
-            path = flow.request.path
-            node, has_it = await self._creates.for_blob(self._caller(), rec.client, path, now_s)
-            if has_it:
-                rec.early = True
-                _answer(flow, 200, b"", "")
-                return
-            self._creates.sent(path, node, now_s)
-            self._forward(flow, rec, node)
-            flow.request.stream = True
+            with _telling(flow, rec):
+                await self._upload(flow, rec)
+            rec.early = flow.response is not None
 
     async def request(self, flow: http.HTTPFlow) -> None:
-        """Answer or forward whatever is not routed by model.
-
-        Raises:
-            BadRequest: for the client.
-        """
+        """Answer or forward whatever is not routed by model."""
         rec = record.of(flow)
         if rec is None or rec.endpoint is None or rec.ask is None or flow.response or rec.placed:
             return
         if rec.endpoint.handling is not Handling.ROUTE:
-            await self._handlers.get(rec.endpoint.path, self._pinned)(flow, rec, rec.ask)
+            with _telling(flow, rec):
+                await self._handlers.get(rec.endpoint.path, self._pinned)(flow, rec, rec.ask)
 
     async def response(self, flow: http.HTTPFlow) -> None:
         """A create has ended: let the fleet know the model before the client learns of it."""
@@ -117,21 +101,18 @@ class OneServer:
             await self._refresh([rec.node])
 
     async def unload(self, flow: http.HTTPFlow) -> None:
-        """Answer a generate or chat whose ``ask.unload`` is set: every node lets go of the model.
-
-        Raises:
-            BadRequest: 404 if no node has it, 503 if none that has it is up.
-        """
+        """Answer a generate or chat whose ``ask.unload`` is set: every node lets go of the model."""
         rec = record.of(flow)
         assert rec is not None and rec.ask is not None
-        ask, path = rec.ask, rec.ask.endpoint.path
-        nodes = fan_out.to_unload(self._fleet, ask.model, ask.key, _now_s())
-        answer = await fan_out.unload(self._caller(), nodes, path, _body(flow))
-        if not answer.ok:
-            flow.response = answer.response()
-            return
-        await self._refresh(nodes)
-        _json(flow, fan_out.unloaded(path, ask.model, datetime.now(UTC)))
+        with _telling(flow, rec):
+            await self._unload(flow, rec, rec.ask)
+
+    async def pin(self, flow: http.HTTPFlow) -> None:
+        """Send ``flow`` to the signed-in node, as a request for a cloud model."""
+        rec = record.of(flow)
+        assert rec is not None and rec.ask is not None
+        with _telling(flow, rec):
+            await self._pinned(flow, rec, rec.ask)
 
     # -- answered here --------------------------------------------------------------------------------
 
@@ -218,11 +199,33 @@ class OneServer:
             raise BadRequest(503, f"{name} does not answer: {upstream.trouble(node)}")
         return node
 
+    async def _unload(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
+        path = ask.endpoint.path
+        nodes = fan_out.to_unload(self._fleet, ask.model, ask.key, _now_s())
+        answer = await fan_out.unload(self._caller(), nodes, flow.request.path, _body(flow))
+        if answer.ok:
+            await self._refresh(nodes)
+            _json(flow, fan_out.unloaded(path, ask.model, datetime.now(UTC)))
+        else:
+            flow.response = answer.response()
+
     # -- sent to one node -----------------------------------------------------------------------------
 
     async def _blob(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         _, has_it = await self._creates.for_blob(self._caller(), rec.client, flow.request.path, _now_s())
         _answer(flow, 200 if has_it else 404, b"", "")
+
+    async def _upload(self, flow: http.HTTPFlow, rec: Record) -> None:
+        # Ollama answers 200 to a blob that it has without reading it, and closes the connection on whoever is
+        # still sending: so it is asked first.
+        path, now_s = flow.request.path, _now_s()
+        node, has_it = await self._creates.for_blob(self._caller(), rec.client, path, now_s)
+        if has_it:
+            _answer(flow, 200, b"", "")
+            return
+        self._creates.sent(path, node, now_s)
+        self._forward(flow, rec, node)
+        flow.request.stream = True
 
     async def _create(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         self._forward(
@@ -246,6 +249,16 @@ class OneServer:
 
 def _now_s() -> float:
     return asyncio.get_running_loop().time()
+
+
+@contextmanager
+def _telling(flow: http.HTTPFlow, rec: Record) -> Iterator[None]:
+    """Answer a BadRequest raised within in the protocol that was spoken."""
+    try:
+        yield
+    except BadRequest as bad:
+        flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
+        _without_body_of_head(flow)
 
 
 async def _unless_left[T](rec: Record, work: Coroutine[Any, Any, T]) -> T | None:
@@ -280,7 +293,10 @@ def _json(flow: http.HTTPFlow, value: Any, status: int = 200) -> None:
 
 
 def _answer(flow: http.HTTPFlow, status: int, body: bytes, content_type: str) -> None:
-    response = http.Response.make(status, body, {"content-type": content_type} if content_type else {})
-    if flow.request.method == "HEAD":
-        response.raw_content = b""  # the length stays that of the body that a GET would bring
-    flow.response = response
+    flow.response = http.Response.make(status, body, {"content-type": content_type} if content_type else {})
+    _without_body_of_head(flow)
+
+
+def _without_body_of_head(flow: http.HTTPFlow) -> None:
+    if flow.request.method == "HEAD" and flow.response:
+        flow.response.raw_content = b""  # the length stays that of the body that a GET would bring

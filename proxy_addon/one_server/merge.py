@@ -93,9 +93,9 @@ class Merge:
         return rows + [row for bar in self._bars.values() if (row := self._advance(bar))]
 
     def _advance(self, bar: _Bar) -> Row | None:
-        completed = min(
-            (bar.completed.get(node, 0) for node in self.running), default=_bytes(bar.row, "total")
-        )
+        if not bar.completed.keys() >= set(self.running):
+            return None  # somebody has yet to come to this layer
+        completed = min((bar.completed[node] for node in self.running), default=_bytes(bar.row, "total"))
         if completed <= bar.shown:
             return None
         bar.shown = completed
