@@ -87,7 +87,9 @@ class Sollol:
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
         self.discovery = Discovery(self.fleet, settings)
         self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp)
-        budget = Budget(settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s)
+        budget = Budget(
+            settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
+        )
         one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh)
         chain: tuple[object, ...] = (
             Layers(),

@@ -61,7 +61,9 @@ class Dispatch:
             if rec.rounds >= self.settings.retry.rounds:
                 return self._answer(rec, 503, self._nobody(decision), {"retry-after": "2"})
             retry = self.settings.retry
-            await _unless_left(rec, backoff_s(rec.rounds, retry.backoff_s, retry.backoff_max_s, random.random()))
+            await _unless_left(
+                rec, backoff_s(rec.rounds, retry.backoff_s, retry.backoff_max_s, random.random())
+            )
             if rec.left:
                 return None
             rec.excluded = dict(rec.hopeless)
@@ -70,7 +72,12 @@ class Dispatch:
         """Decide where ``rec`` goes next, and keep the decision in it."""
         assert rec.ask is not None
         decision = decide(
-            rec.ask, self.fleet, self.speeds, self.now(), policy=self.settings.placement, excluded=rec.excluded
+            rec.ask,
+            self.fleet,
+            self.speeds,
+            self.now(),
+            policy=self.settings.placement,
+            excluded=rec.excluded,
         )
         rec.decisions.append(decision)
         return decision

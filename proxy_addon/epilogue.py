@@ -30,7 +30,9 @@ class Epilogue:
         rec = record.of(flow)
         if rec is not None and rec.ended_s is None:
             status = flow.response.status_code if flow.response else 0
-            self._end(flow, rec, rec.outcome or ("ok" if status < 400 else "refused" if status < 500 else "failed"))
+            self._end(
+                flow, rec, rec.outcome or ("ok" if status < 400 else "refused" if status < 500 else "failed")
+            )
 
     def error(self, flow: http.HTTPFlow) -> None:
         """The answer broke off, on either side."""

@@ -133,7 +133,9 @@ class FleetStream(HttpStream):
             if rec is not None and rec.body_limit_bytes is not None and size > rec.body_limit_bytes:
                 self.request_body_buf.clear()
                 too_large = f"the request body is larger than the limit of {rec.body_limit_bytes} bytes"
-                return (yield from self._answer(errors.response(rec.protocol, 413, too_large, request_id=rec.id)))
+                return (
+                    yield from self._answer(errors.response(rec.protocol, 413, too_large, request_id=rec.id))
+                )
         yield from super().state_consume_request_body(event)
 
     def state_discard(self, event: HttpEvent) -> Commands:
@@ -305,7 +307,9 @@ class FleetStream(HttpStream):
             ):
                 yield _ForgetUpstream(self.context.server)
                 replayable = self._replayable_request()
-                failure = Failure(self.flow, "reset", event.message, reused=self._reused, replayable=replayable)
+                failure = Failure(
+                    self.flow, "reset", event.message, reused=self._reused, replayable=replayable
+                )
                 if (yield from self._ask(failure)):
                     yield from self._settle(failure)
                 return

@@ -52,7 +52,9 @@ class LeanMaster(master.Master):
 
 def run(settings: Settings) -> int:
     """Run the proxy until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where it could not listen."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
     log.setLevel(logging.INFO)
     logging.getLogger("proxy_addon").setLevel(logging.INFO)
     conflict = port_conflict(settings.listen.host, settings.listen.port)
@@ -89,5 +91,3 @@ def _loop() -> asyncio.AbstractEventLoop:
 
     asyncio.eager_task_factory = factory  # mitmproxy installs it by this name in Master.run
     return loop
-
-

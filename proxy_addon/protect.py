@@ -24,7 +24,14 @@ log = logging.getLogger(__name__)
 #: Hooks in which an answer can still be given in place of the flow's own way.
 ANSWERABLE = ("requestheaders", "request", "responseheaders", "sollol_failure")
 #: Hooks that only look; the flow goes on.
-LOOKING = ("response", "error", "sollol_next_chunk", "server_connect", "server_connected", "server_connect_error")
+LOOKING = (
+    "response",
+    "error",
+    "sollol_next_chunk",
+    "server_connect",
+    "server_connected",
+    "server_connect_error",
+)
 
 
 def protect[T](addon: T, on_error: Callable[[str], None]) -> T:

@@ -111,8 +111,8 @@ class Tee:
         self._now = now
         self.dirty = False  #: the client has seen half a line
 
-    def __call__(self, data: bytes) -> bytes:
-        """Returns what the client is sent now."""
+    def __call__(self, data: bytes) -> bytes | tuple[()]:
+        """Returns what the client is sent now; nothing is ``()``, for an empty chunk would end the body."""
         if not data:
             return self._finish()
         rec = self._rec
@@ -123,7 +123,7 @@ class Tee:
         if separator is not None and (self._partial or self.dirty or not data.endswith(separator)):
             data = self._whole_lines(self._partial + data, separator)
             if not data:
-                return b""
+                return ()
         self._last.append(data)
         return data
 

@@ -1,0 +1,306 @@
+"""Every fault at every moment, in every protocol: what the client must see, on the real proxy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import aiohttp
+import pytest
+
+from tests.fakes.faults import (
+    TEXTS,
+    Fault,
+    error_line,
+    fin,
+    garbage,
+    hang,
+    named,
+    no_done,
+    reply,
+    rst,
+    trickle,
+)
+from tests.fakes.ollama_node import FakeOllama
+from tests.fakes.tokens import check_stream
+from tests.proxy.asks import BY_NAME, WAYS, Heard, Way, ask
+from tests.proxy.running import RunningProxy
+
+PROMPT = "[[id:job]] [[n:12]] count"
+LIMITS = {"connect_s": 0.5, "first_byte_s": 0.7, "load_s": 0.3, "idle_s": 0.5, "whole_answer_s": 0.7}
+
+
+class Fleet:
+    """Two nodes with one model, the proxy over them, a client."""
+
+    def __init__(self, nodes: list[FakeOllama], proxy: RunningProxy, session: aiohttp.ClientSession) -> None:
+        self.nodes, self.proxy, self.session = nodes, proxy, session
+
+    async def ask(self, way: Way, prompt: str = PROMPT, **extra: object) -> Heard:
+        return await ask(self.session, self.proxy.url, way, prompt, **extra)
+
+    def fail_once(self, fault: Fault) -> None:
+        """The next request hits ``fault``, on whichever node it is sent to; only that one."""
+        for node in self.nodes:
+            node.fail(fault)
+
+    def fail_all(self, make: Callable[[], Fault]) -> None:
+        for node in self.nodes:
+            node.fail(make())
+
+    def node(self, name: str) -> FakeOllama:
+        return next(node for node in self.nodes if node.host_port == name)
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    nodes = [await FakeOllama().start() for _ in range(2)]
+    # Round robin: of two requests one goes to either node, so that a dead one is really tried.
+    async with (
+        RunningProxy(nodes, timeouts=LIMITS, placement="round_robin") as proxy,
+        aiohttp.ClientSession() as session,
+    ):
+        yield Fleet(nodes, proxy, session)
+    for node in nodes:
+        node.heal()
+        await node.stop()
+
+
+def complete(heard: Heard, way: Way, prompt: str = PROMPT) -> None:
+    """The client saw a whole, proper answer and nothing else."""
+    assert (heard.status, heard.error, heard.broken) == (200, None, False)
+    assert heard.ended
+    if way.name != "embed":
+        check_stream(heard.text, prompt)
+
+
+BEFORE_THE_FIRST_BYTE = {
+    "rst at accept": lambda path: rst("accept"),
+    "rst before the head": lambda path: rst("before_head", path=path),
+    "fin before the head": lambda path: fin("before_head", path=path),
+    "garbage instead of the head": lambda path: garbage("before_head", path=path),
+    "half a head": lambda path: fin("mid_head", path=path),
+    "half a head, reset": lambda path: rst("mid_head", path=path),
+    "head, then rst": lambda path: rst("after_head", path=path),
+    "head, then fin": lambda path: fin("after_head", path=path),
+    "head, then garbage": lambda path: garbage("after_head", path=path),
+    "half of the first line, then rst": lambda path: rst("mid_line", path=path),
+    "half of the first line, then fin": lambda path: fin("mid_line", path=path),
+    "silence before the head": lambda path: hang("before_head", path=path),
+    "silence after the head": lambda path: hang("after_head", path=path),
+    "503 busy": lambda path: named("busy", path=path),
+    "500 out of memory": lambda path: named("oom_cuda", path=path),
+    "404 stale inventory": lambda path: reply(404, "model 'llama3.2' not found", path=path),
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("moment", BEFORE_THE_FIRST_BYTE)
+async def test_no_client_sees_a_node_fail_before_its_first_byte(fleet: Fleet, way: Way, moment: str) -> None:
+    fault = BEFORE_THE_FIRST_BYTE[moment](way.path)
+    if fault.at == "accept":  # only the request's own connection, not a poll's
+        fault = rst("before_head", path=way.path)
+    fleet.fail_once(fault)
+    heard = await fleet.ask(way)
+    complete(heard, way)
+    assert fault.hits == 1
+    assert heard.headers["x-sollol-attempts"] == "2"
+    assert sum(len(node.requests(way.path)) for node in fleet.nodes) == 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+async def test_every_retryable_text_of_ollama_is_answered_by_another_node(fleet: Fleet, text: str) -> None:
+    way = BY_NAME["embed" if text.startswith("embed") else "chat"]
+    fault = named(text, path=way.path)
+    fleet.fail_once(fault)
+    complete(await fleet.ask(way), way)
+    assert fault.hits == 1
+
+
+NEVER_RETRIED = [
+    (400, "invalid model name"),
+    (400, '"llama3.2" does not support tools'),
+    (401, "unauthorized"),
+    (500, "template: :1: unexpected EOF in template"),
+]
+
+
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai"], BY_NAME["anthropic"]], ids=str)
+@pytest.mark.parametrize(("status", "text"), NEVER_RETRIED)
+async def test_an_error_that_is_the_clients_own_is_shown_once_and_unchanged(
+    fleet: Fleet, way: Way, status: int, text: str
+) -> None:
+    if "unexpected EOF" in text:
+        text = "template: :1: function not defined"
+    fleet.fail_once(reply(status, text, path=way.path))
+    async with fleet.session.post(fleet.proxy.url + way.path, json=way.body(PROMPT)) as answer:
+        assert answer.status == status
+        assert text in (await answer.text()).replace('\\"', '"')
+    assert sum(len(node.requests(way.path)) for node in fleet.nodes) == 1
+
+
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai-whole"], BY_NAME["embed"]], ids=str)
+@pytest.mark.parametrize("fault", ["refuse", "black_hole", "freeze", "kill", "slow_accept"])
+async def test_no_client_sees_a_whole_node_die(fleet: Fleet, way: Way, fault: str) -> None:
+    node = fleet.nodes[0]
+    for _ in range(2):
+        complete(await fleet.ask(way), way)  # both nodes have a kept connection
+    if fault == "slow_accept":
+        node.slow_accept(30)
+    elif asyncio.iscoroutinefunction(action := getattr(node, fault)):
+        await action()
+    else:
+        action()
+    async with aiohttp.ClientSession() as fresh:  # a client connection without kept upstream connections
+        for session in (fresh, fleet.session, fresh, fleet.session):  # and one with them
+            complete(await ask(session, fleet.proxy.url, way, PROMPT), way)
+    # A black hole swallows new connections only; the kept one still works.
+    assert len(fleet.nodes[1].requests(way.path)) == (3 if fault in ("black_hole", "slow_accept") else 5)
+
+
+async def test_a_node_killed_while_it_works_loses_nothing_that_had_not_begun(fleet: Fleet) -> None:
+    for each in fleet.nodes:
+        each.fail(hang("before_head", path="/api/chat"))
+    waiting = asyncio.create_task(fleet.ask(BY_NAME["chat"]))
+    async with asyncio.timeout(10):
+        while not any(node.requests("/api/chat") for node in fleet.nodes):
+            await asyncio.sleep(0.005)
+    node, other = sorted(fleet.nodes, key=lambda node: -len(node.requests("/api/chat")))
+    other.heal()
+    await node.kill()
+    complete(await waiting, BY_NAME["chat"])
+
+
+async def test_a_hung_node_is_noticed_by_its_polls_long_before_the_first_byte_limit() -> None:
+    nodes = [await FakeOllama().start() for _ in range(2)]
+    limits = {"first_byte_s": 300, "whole_answer_s": 300}
+    async with RunningProxy(nodes, timeouts=limits) as proxy, aiohttp.ClientSession() as session:
+        fleet, way = Fleet(nodes, proxy, session), BY_NAME["chat-whole"]
+        frozen = fleet.node((await fleet.ask(way)).headers["x-sollol-node"])
+        frozen.freeze()
+        async with asyncio.timeout(20):
+            for _ in range(2):
+                complete(await fleet.ask(way), way)
+    for each in nodes:
+        each.heal()
+        await each.stop()
+
+
+MID_STREAM = {
+    "rst": lambda path: rst("after_chunks", chunks=3, path=path),
+    "fin": lambda path: fin("after_chunks", chunks=3, path=path),
+    "garbage": lambda path: garbage("after_chunks", chunks=3, path=path),
+    "silence": lambda path: hang("after_chunks", chunks=3, path=path),
+    "rst in mid-line": lambda path: rst("mid_line", chunks=3, path=path),
+    "fin in mid-line": lambda path: fin("mid_line", chunks=3, path=path),
+    "a clean end without the final object": lambda path: no_done(path=path),
+    "an error line": lambda path: error_line(chunks=3, path=path),
+}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.stream], ids=str)
+@pytest.mark.parametrize("moment", MID_STREAM)
+async def test_a_stream_that_breaks_off_ends_in_its_own_protocol_with_an_explicit_error(
+    fleet: Fleet, way: Way, moment: str
+) -> None:
+    fleet.fail_once(MID_STREAM[moment](way.path))
+    heard = await fleet.ask(way)
+    assert heard.status == 200
+    assert not heard.broken, "the body must end well-framed"
+    assert heard.error, "the client must be told"
+    assert not heard.ended
+    got = check_stream(heard.text, PROMPT, complete=False)
+    assert 1 <= got <= 12
+    assert sum(len(node.requests(way.path)) for node in fleet.nodes) == 1, "never repeated after a byte"
+    complete(await fleet.ask(way), way)  # the same client connection goes on
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)
+@pytest.mark.parametrize("moment", ["before_end", "mid_line"])
+async def test_an_answer_that_is_not_a_stream_is_replaced_even_at_its_last_byte(
+    fleet: Fleet, way: Way, moment: str
+) -> None:
+    fleet.fail_once(rst(moment, path=way.path))
+    complete(await fleet.ask(way), way)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+async def test_a_trickled_answer_is_whole(fleet: Fleet, way: Way) -> None:
+    fleet.fail_once(trickle(3, 0.0005, path=way.path))
+    complete(await fleet.ask(way), way)
+
+
+ALL_AT_ONCE = {
+    "busy": (lambda: named("busy", times=None), 503, "busy"),
+    "out of memory": (lambda: named("oom_cuda", times=None), 500, "out of memory"),
+    "reset": (lambda: rst("before_head", path="/api/chat", times=None), 503, "no node can serve"),
+    "broken": (lambda: named("terminated", times=None), 500, "terminated"),
+}
+
+
+@pytest.mark.parametrize("what", ALL_AT_ONCE)
+async def test_all_nodes_failing_at_once_is_one_clear_error(fleet: Fleet, what: str) -> None:
+    make, status, words = ALL_AT_ONCE[what]
+    for node in fleet.nodes:
+        fault = make()
+        fault.path = "/api/chat"
+        node.fail(fault)
+    heard = await fleet.ask(BY_NAME["chat"])
+    assert heard.status == status
+    assert heard.error and words in heard.error
+
+
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai"], BY_NAME["anthropic"]], ids=str)
+async def test_a_dead_fleet_says_so_in_the_protocol_that_was_spoken(fleet: Fleet, way: Way) -> None:
+    for node in fleet.nodes:
+        await node.kill()
+    heard = await fleet.ask(way)
+    assert heard.status == 503
+    assert heard.error and all(node.host_port in heard.error for node in fleet.nodes)
+    assert heard.headers["retry-after"]
+
+
+async def test_a_client_that_leaves_before_the_head_frees_its_node(fleet: Fleet) -> None:
+    fleet.fail_once(hang("before_head", path="/api/chat"))
+    asking = asyncio.create_task(fleet.ask(BY_NAME["chat"]))
+    async with asyncio.timeout(10):
+        while not any(node.requests("/api/chat") for node in fleet.nodes):
+            await asyncio.sleep(0.005)
+    asking.cancel()
+    node = next(node for node in fleet.nodes if node.requests("/api/chat"))
+    await node.wait_finished(node.requests("/api/chat")[0])  # such a request ends only when its client leaves
+    assert sum(len(node.requests("/api/chat")) for node in fleet.nodes) == 1, "nobody waits for it elsewhere"
+
+
+async def test_a_client_that_leaves_in_mid_stream_ends_the_generation(fleet: Fleet) -> None:
+    prompt = "[[id:long]] [[n:100000]]"
+    body = BY_NAME["chat"].body(prompt)
+    async with (
+        aiohttp.ClientSession() as leaver,
+        leaver.post(fleet.proxy.url + "/api/chat", json=body) as answer,
+    ):
+        await answer.content.readline()
+        answer.close()
+    node = next(node for node in fleet.nodes if node.requests("/api/chat"))
+    record = await node.wait_finished(node.requests("/api/chat")[0])
+    assert record.outcome == "cancelled"
+
+
+async def test_two_hundred_streams_over_failing_nodes_keep_every_token_apart() -> None:
+    nodes = [await FakeOllama(num_parallel=8).start() for _ in range(4)]
+    for node in nodes[:2]:
+        for _ in range(10):
+            node.fail(rst("before_head", path="/api/chat"), named("busy", path="/api/chat"))
+            node.fail(rst("after_head", path="/api/chat"), fin("mid_line", path="/api/chat"))
+    connector = aiohttp.TCPConnector(limit=0)
+    async with RunningProxy(nodes) as proxy, aiohttp.ClientSession(connector=connector) as session:
+        prompts = [f"[[id:c{i}]] [[n:{5 + i % 37}]]" for i in range(200)]
+        ways = [WAYS[i % 7] for i in range(200)]
+        heards = await asyncio.gather(
+            *(ask(session, proxy.url, way, prompt) for way, prompt in zip(ways, prompts, strict=True))
+        )
+    for heard, way, prompt in zip(heards, ways, prompts, strict=True):
+        complete(heard, way, prompt)
+    for node in nodes:
+        node.heal()
+        await node.stop()
