@@ -116,7 +116,7 @@ def choose(
     Equals: the client's ``favourite``, then the node with the most room.
     """
     return max(
-        reversed(by_room(nodes)),
+        by_room(nodes),  # the first of equals wins
         key=lambda node: (len(held.get(node.name, ())), node.name in from_holders, node.name == favourite),
     )
 

@@ -66,7 +66,8 @@ class House:
     ) -> tuple[http.HTTPFlow, Record]:
         """A flow as it is when its head was read."""
         content = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
-        head = http.Headers([(name.encode(), text.encode()) for name, text in headers])
+        fields = [("host", "fleet.internal"), *headers]
+        head = http.Headers([(name.encode(), text.encode()) for name, text in fields])
         flow = tflow.tflow(
             req=tutils.treq(method=method.encode(), path=path.encode(), content=content, headers=head)
         )
