@@ -4,6 +4,7 @@ import _ctypes
 import asyncio
 import ctypes
 import hashlib
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pynvml
 import pytest
 from aiohttp import web
 
-from tests.agent.nvml_stub import Driver, build
+from tests.agent.nvml_stub import COMPILER, Driver, build
 
 
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no C compiler ({COMPILER}) to build the stub of NVIDIA's library with")
     return build(tmp_path_factory.mktemp("nvml"))
 
 

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 GIB = 1 << 30
+COMPILER = os.environ.get("CC", "cc")
 
 
 def build(directory: Path) -> Path:
@@ -13,7 +14,7 @@ def build(directory: Path) -> Path:
     source = Path(__file__).with_name("nvml_stub.c")
     # glibc takes a loaded library of this soname for the one that pynvml asks for.
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([os.environ.get("CC", "cc"), *flags, "-o", library, source], check=True)
+    subprocess.run([COMPILER, *flags, "-o", library, source], check=True)
     return library
 
 
