@@ -54,11 +54,11 @@ class Layer:
         )
 
     def place(self, key: Key) -> str:
-        """Where ``key``, or the nearest key above it, was set; "" for a default."""
+        """Where ``key``, the nearest key above it, or the first one below it was set; "" for a default."""
         for length in range(len(key), 0, -1):
             if key[:length] in self.places:
                 return self.places[key[:length]]
-        return ""
+        return next((place for below, place in self.places.items() if below[: len(key)] == key), "")
 
 
 def dotted(key: Iterable[str | int]) -> str:

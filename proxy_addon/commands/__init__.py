@@ -1,0 +1,1 @@
+"""The commands of ``sollol`` that belong to the proxy, one file each."""
