@@ -75,8 +75,11 @@ def fail(command: str, sentence: object, status: int = 1) -> NoReturn:
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, wide where there is none."""
-    return Console(width=None if sys.stdout.isatty() else WIDE)
+    """Where tables go: as wide as the terminal, wide where there is none.
+
+    Without markup: ``[::1]:11434`` is a node, ``[Errno 111]`` a reason.
+    """
+    return Console(width=None if sys.stdout.isatty() else WIDE, markup=False, highlight=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

@@ -93,7 +93,7 @@ def _decision(number: int, decision: dict[str, Any]) -> RenderableType:
 
 
 def _candidate(row: dict[str, Any], terms: list[str]) -> list[str]:
-    if row["excluded"]:
+    if row.get("excluded"):
         return [row["node"], *["-"] * (len(terms) + 1), f"may not serve: {row['excluded']}"]
     cost = "-" if row["cost"] is None else f"{row['cost']:.3f}"
     values = [f"{row['terms'][name]:.3f}" if name in row["terms"] else "-" for name in terms]

@@ -1,0 +1,331 @@
+"""The command line as its user meets it: help, sentences instead of tracebacks, tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import Any, cast
+
+import orjson
+import pytest
+from mitmproxy import http
+from mitmproxy.test import tflow
+from typer.testing import CliRunner, Result
+
+from agent.report import Resident
+from proxy_addon import cli
+from proxy_addon.admin import Admin
+from proxy_addon.commands.client import human_bytes, human_s
+from proxy_addon.commands.models import by_model
+from proxy_addon.dispatch import Dispatch
+from proxy_addon.fleet.node import Fleet
+from proxy_addon.journal import Journal, entry
+from proxy_addon.placement.decision import Candidate, Decision
+from proxy_addon.settings import Settings
+from proxy_addon.telemetry import Telemetry
+from tests.proxy.test_admin import StandIn
+from tests.proxy.test_telemetry import KEY, NOW_S, fleet, record
+
+__all__ = ["fleet"]  # the fixture
+
+
+def run(*args: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli.app, args, env=env, prog_name="sollol")
+
+
+@contextmanager
+def serving(answer: Any) -> Iterator[str]:
+    """A server in a thread, for the commands run their own loop; ``answer(path)`` is (status, body)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer(self.path)
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def admin(fleet: Fleet, tmp_path: Path) -> Admin:
+    telemetry = Telemetry(fleet, lambda: NOW_S)
+    return Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings())))
+
+
+@pytest.fixture
+def url(admin: Admin) -> Iterator[str]:
+    """A proxy's own pages, answered by the real addon."""
+
+    def answer(path: str) -> tuple[int, bytes]:
+        flow = tflow.tflow()
+        flow.request = http.Request.make("GET", f"http://x{path}")
+        admin.request(flow)
+        assert flow.response is not None
+        return flow.response.status_code, flow.response.content or b""
+
+    with serving(answer) as base:
+        yield base
+
+
+def test_help_lists_every_command_and_no_later_one() -> None:
+    shown = run("--help")
+    assert shown.exit_code == 0
+    listed = [line.split()[0] for line in shown.output.partition("Commands:")[2].splitlines() if line.strip()]
+    assert listed == ["proxy", "agent", "shard", "status", "explain", "models", "demo"]
+
+
+def test_version() -> None:
+    assert run("--version").output == f"sollol {version('sollol')}\n"
+
+
+def test_an_unknown_command_is_told() -> None:
+    shown = run("frobnicate")
+    assert shown.exit_code == 2
+    assert "No such command 'frobnicate'" in shown.output
+
+
+MODULES = """
+import sys
+from proxy_addon import cli
+try:
+    cli.app({args!r}, prog_name="sollol")
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+print("LOADED", *sorted(loaded & {{"mitmproxy", "shard", "aiohttp", "proxy_addon", "agent"}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "loaded"),
+    [
+        (["--help"], "proxy_addon"),
+        (["agent", "--help"], "agent proxy_addon"),
+        (["proxy", "--help"], "aiohttp proxy_addon"),
+    ],
+)
+def test_a_command_imports_what_it_needs(args: list[str], loaded: str) -> None:
+    """An agent's machine never imports mitmproxy."""
+    done = subprocess.run(
+        [sys.executable, "-c", MODULES.format(args=args)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == f"LOADED {loaded}"
+
+
+def test_the_installed_script() -> None:
+    script = Path(sys.executable).with_name("sollol")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert "Serve the whole fleet as one Ollama server." in done.stdout
+
+
+def test_nothing_of_proxy_addon_names_shard_in_an_import() -> None:
+    sources = Path(cli.__file__).parent.rglob("*.py")
+    lines = [line for source in sources for line in source.read_text().splitlines()]
+    assert [line for line in lines if line.strip().startswith(("import shard", "from shard"))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gguf", 'sollol x: the Python module gguf is missing: pip install "sollol[shard]" brings it\n'),
+        ("surely_not_there", "sollol x: the Python module surely_not_there is missing\n"),
+    ],
+)
+def test_a_missing_module_is_told(name: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setitem(cli.COMMANDS, "x", ("m:a", ""))
+    monkeypatch.setattr(cli, "import_module", missing)
+    shown = run("x")
+    assert (shown.exit_code, shown.output) == (1, sentence)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
+    """What the launcher was given in place of being run."""
+    given: list[Settings] = []
+
+    def launch(settings: Settings) -> int:
+        given.append(settings)
+        return 3
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("proxy_addon.launcher.run", launch)
+    return given
+
+
+def test_proxy_flags_become_settings(launched: list[Settings], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("listen: a:1\nplacement: score\npoll: {interval_s: 5}")
+    shown = run(
+        *("proxy", "--config", "own.yaml", "--listen", ":8000", "--nodes", "a,b:1", "--nodes", "c"),
+        *("--mode", "regular@8080", "--mode", "socks5", "--set", "retry.rounds=2", "--state-dir", "/tmp/s"),
+        env={"SOLLOL_POLL__INTERVAL_S": "7", "SOLLOL_PLACEMENT": "least_loaded"},
+    )
+    assert shown.exit_code == 3, shown.output
+    [settings] = launched
+    assert str(settings.listen) == "127.0.0.1:8000"
+    assert [str(node) for node in settings.nodes] == ["a:11434", "b:1", "c:11434"]
+    assert settings.modes == ("regular@8080", "socks5")
+    assert (settings.retry.rounds, settings.poll.interval_s, settings.placement) == (2, 7, "least_loaded")
+    assert settings.state_dir == Path("/tmp/s")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (
+            ("--set", "timeouts.conect_s=1"),
+            "--set timeouts.conect_s: timeouts.conect_s is not a setting; did you",
+        ),
+        (("--listen", "a:b"), "--listen: listen should be host:port, not 'a:b'"),
+        (("--config", "none.yaml"), "none.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_a_mistaken_setting_is_one_sentence(
+    launched: list[Settings], args: tuple[str, ...], sentence: str
+) -> None:
+    shown = run("proxy", *args)
+    assert shown.exit_code == 2
+    assert shown.output.startswith(f"sollol proxy: {sentence}")
+    assert shown.output.count("\n") == 1
+    assert launched == []
+
+
+def test_status_is_a_table(url: str, admin: Admin) -> None:
+    admin.fleet.nodes["a:1"].resident[KEY] = Resident(name="gemma3:latest", size=10)
+    admin.fleet.nodes["b:1"].poll_error = "connection refused"
+    admin.telemetry.observe(record())
+    shown = run("status", "--url", url)
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert lines[0] == (
+        "degraded: 1 of 2 nodes up, 0 requests in flight, 0 waiting, 1 done, placed by finish_time"
+    )
+    assert lines[1].split("  ")[0] == "NODE"
+    row = [cell.strip() for cell in lines[2].split("  ") if cell.strip()]
+    assert row == ["a:1", "up", "0/1", "gemma3:latest", "15.3 GiB of 18.6 GiB", "30%", "1", "0", "1.5 s", "-"]
+    assert lines[-1].strip() == "b:1: connection refused"
+
+
+def test_status_for_a_script(url: str) -> None:
+    assert orjson.loads(run("status", "--json", env={"SOLLOL_URL": url}).output)["status"] == "degraded"
+
+
+@pytest.mark.parametrize("ask", [(), ("second",)])
+def test_explain_tells_the_way_and_the_reason(url: str, admin: Admin, ask: tuple[str, ...]) -> None:
+    first, second = record(), record()
+    first.id, second.id = "first", "second"
+    rows = (
+        Candidate("b:1", cost=9.5, terms={"wait_s": 9.0, "decode_s": 0.5}),
+        Candidate("a:1", cost=1.25, terms={"decode_s": 1.25}, notes=("resident", "CPU offload 40 %")),
+        Candidate("[::1]:1", excluded="[Errno 111] :x: refused"),
+    )
+    second.decisions = [Decision("finish_time", "a:1", rows, "a:1 finishes first")]
+    for made in (first, second):
+        # The ring alone: the disk needs a loop, and is tested with the journal.
+        admin.journal._ring.append(entry(made, datetime.now(UTC)))
+    shown = run("explain", *ask, "--url", url)
+    assert shown.exit_code == 0, shown.output
+    table = [line.split() for line in shown.output.splitlines()]
+    assert shown.output.startswith("request second: /api/chat x from ")
+    assert "decision 1 by finish_time: a:1 finishes first" in shown.output
+    at = table.index(["CANDIDATE", "COST", "wait_s", "decode_s", "NOTES"])
+    assert table[at + 1] == ["a:1", "1.250", "-", "1.250", "resident,", "CPU", "offload", "40", "%"]
+    assert table[at + 2] == ["b:1", "9.500", "9.000", "0.500"]
+    assert table[at + 3][:4] == ["[::1]:1", "-", "-", "-"]
+    assert "may not serve: [Errno 111] :x: refused" in shown.output
+    assert ["b:1", "0", "ms", "500", "ms", "died"] in table
+    assert "prompt tokens 5, output tokens 7" in shown.output
+
+
+def test_explain_without_anything_to_explain(url: str) -> None:
+    shown = run("explain", "--url", url)
+    assert (shown.exit_code, shown.output) == (
+        1,
+        "sollol explain: the proxy has not placed any request yet\n",
+    )
+    shown = run("explain", "a b", "--url", url)
+    assert shown.output == f"sollol explain: the proxy at {url} says: no request 'a b' is in the journal\n"
+
+
+def test_models_by_node(url: str, admin: Admin) -> None:
+    shown = run("models", "--url", url)
+    lines = [line.split() for line in shown.output.splitlines()]
+    assert lines == [
+        ["MODEL", "VERSION", "SIZE", "IN", "MEMORY", "ON", "STORED", "ON"],
+        ["gemma3:latest", "dddddddddddd", "1", "B", "-", "a:1"],
+    ]
+
+
+def test_two_versions_of_a_model_are_two_rows() -> None:
+    def node(name: str, digest: str, *resident: str) -> dict[str, Any]:
+        models = [{"name": "m", "digest": digest, "size": 1}]
+        return {"name": name, "models": models, "resident": [{"name": name_} for name_ in resident]}
+
+    rows = by_model([node("a", "1"), node("b", "2", "m"), node("c", "1", "m", "x")])
+    assert [(row["digest"], row["stored"], row["in_memory"]) for row in rows] == [
+        ("1", ["a", "c"], ["c"]),
+        ("2", ["b"], ["b"]),
+    ]
+
+
+@pytest.mark.parametrize("command", ["status", "explain", "models"])
+def test_nobody_there(command: str) -> None:
+    with serving(lambda _: (200, b"")) as gone:
+        pass
+    shown = run(command, "--url", gone)
+    assert shown.exit_code == 1
+    assert shown.output == (
+        f"sollol {command}: no proxy answers at {gone} (Connection refused): start one with `sollol proxy`, "
+        "or name it with --url\n"
+    )
+
+
+def test_somebody_else_there() -> None:
+    with serving(lambda _: (404, b"404 page not found")) as ollama:
+        shown = run("status", "--url", ollama)
+    assert (shown.exit_code, shown.output) == (
+        1,
+        f"sollol status: what listens at {ollama} is not a SOLLOL proxy (HTTP 404)\n",
+    )
+
+
+@pytest.mark.parametrize("url_", ["ftp://x", "http://"])
+def test_what_is_no_url(url_: str) -> None:
+    assert run("status", "--url", url_).output == f"sollol status: {url_} is not the URL of a proxy\n"
+
+
+def test_quantities_for_people() -> None:
+    assert [human_bytes(n) for n in (None, 5, 2048, 5 << 30, 5 << 40)] == [
+        "-",
+        "5 B",
+        "2.0 KiB",
+        "5.0 GiB",
+        "5.0 TiB",
+    ]
+    assert [human_s(n) for n in (None, 0.0123, 1.26)] == ["-", "12 ms", "1.3 s"]
