@@ -304,8 +304,9 @@ async def _embeddings(
             raise
         if not truncate:
             raise Refusal(400, "the input length exceeds the context length") from refusal
-        # A pooled text must fit into one batch.
-        limit = min(runner.launch.num_ctx, runner.launch.num_batch) - 1
+        # A model that does not attend causally must see a text in one batch, others may take several.
+        launch = runner.launch
+        limit = (launch.num_batch if "batch" in refusal.message else launch.num_ctx) - 1
         cut = [(await _tokens(server, text, add_special=True))[:limit] for text in inputs]
         answer = await _whole(server, "/v1/embeddings", {"input": cut})
     return [row["embedding"] for row in answer["data"]], answer["usage"]["prompt_tokens"]

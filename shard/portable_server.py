@@ -10,7 +10,6 @@ compatibility and exist for Linux and macOS on x86-64 and arm64.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags = argparse.ArgumentParser(prog="portable_server", allow_abbrev=False)
     flags.add_argument("--model", required=True)
     flags.add_argument("--host", default="127.0.0.1")
-    flags.add_argument("--port", type=int, default=8080)
     flags.add_argument("--ctx-size", type=int, default=0)
     flags.add_argument("--parallel", type=int, default=1)
     flags.add_argument("--threads", type=int, default=-1)
@@ -51,7 +49,6 @@ def main(argv: Sequence[str]) -> int:
     params = xllamacpp.CommonParams()
     params.model.path = flags.model
     params.hostnames = [flags.host]
-    params.port = flags.port
     params.n_ctx = flags.ctx_size
     params.n_parallel = flags.parallel
     params.cpuparams.n_threads = flags.threads
@@ -78,8 +75,6 @@ def main(argv: Sequence[str]) -> int:
         params.model_alias = {flags.alias}
     if flags.chat_template:
         params.chat_template = flags.chat_template
-    if key := os.environ.get("LLAMA_API_KEY"):
-        params.api_keys = [key]
     if flags.mmproj:
         params.mmproj.path = flags.mmproj
     if flags.pooling:

@@ -143,7 +143,12 @@ async def serve(
     candidates()
     # A client that leaves cancels its handler, which closes the connection to llama-server.
     runner = web.AppRunner(
-        make_app(node), handler_cancellation=True, shutdown_timeout=SHUTDOWN_GRACE_S, access_log=None
+        make_app(node),
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_GRACE_S,
+        access_log=None,
+        # Ollama decodes zstd on /v1 and nothing elsewhere; so do the handlers.
+        auto_decompress=False,
     )
     await runner.setup()
     try:
