@@ -197,9 +197,12 @@ class Discovery:
         known = self._known(announcement, node.port)
         if known is None:
             log.info("%s has announced itself by mDNS.", node.name)
-            known = self._announced[node_id] = self.fleet.add(node)
-        known.leaving = False
-        if known.agent_url is None or known is self._announced.get(node_id):
+            known = self.fleet.add(node)
+        if known.source == "mdns":
+            self._announced[node_id] = known
+            known.leaving = False
+            known.agent_url = node.agent_url
+        elif known.agent_url is None:
             known.agent_url = node.agent_url
 
     def _known(self, announcement: announce.Announced, port: int) -> Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,9 +80,10 @@ async def _read(answer: aiohttp.ClientResponse, url: URL) -> bytes:
 def _reason(error: Exception) -> tuple[str, bool]:
     """Why there was no answer, and whether that is certain at once."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, ConnectionRefusedError):
+    number = getattr(cause, "errno", None)
+    if number == errno.ECONNREFUSED:
         return "refused the connection", True
-    if isinstance(cause, ConnectionResetError | aiohttp.ServerDisconnectedError):
+    if number in (errno.ECONNRESET, errno.EPIPE) or isinstance(cause, aiohttp.ServerDisconnectedError):
         return "closed the connection without an answer", False
     text = (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).rstrip(".")
     return f"cannot be reached ({text})", False

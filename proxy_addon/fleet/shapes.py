@@ -54,6 +54,6 @@ class Shapes:
                 )
                 self._fleet.shapes[digest] = dict(orjson.loads(body)["model_info"])
             except PollFailed as failure:
-                log.info("The shape of %s is not known yet: %s %s.", name, node.name, failure.reason)
+                log.debug("The shape of %s is not known yet: %s %s.", name, node.name, failure.reason)
             except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-                log.info("The shape of %s is not known: %s shows no model_info.", name, node.name)
+                log.debug("The shape of %s is not known: %s shows no model_info.", name, node.name)
