@@ -10,6 +10,8 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import psutil
 from yarl import URL
@@ -19,11 +21,12 @@ from agent.gpu import GpuSource, Reading
 from agent.host import HostReader, connections
 from agent.ollama.client import OllamaClient, parse_ps, parse_tags
 from agent.polled import Polled
-from agent.report import Host, Model, NodeKind, Ollama, Report, Resident
+from agent.report import Model, NodeKind, Ollama, Report, Resident
 from agent.worker import Worker
 
-# Ollama reads every manifest to answer /api/tags, and that list changes by a pull, not by the second.
-MODELS_EVERY_S = 5.0
+# The pace of what is dear to read and changes slowly: Ollama opens every manifest to answer /api/tags, and to
+# list connections the kernel walks its whole table (5 ms for one of 262144 buckets).
+SLOW_S = 5.0
 
 # While /api/ps answers, the version is only asked for to notice an upgrade.
 VERSION_EVERY_S = 30.0
@@ -47,7 +50,7 @@ class Sampler:
         host: HostReader,
         kind: NodeKind = "ollama",
         every_s: float = 1.0,
-        models_every_s: float = MODELS_EVERY_S,
+        slow_s: float = SLOW_S,
         deadline_s: float = DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -55,28 +58,35 @@ class Sampler:
         self._kind: NodeKind = kind
         self._ollama = ollama
         self._clock = clock
-        self._port = ollama.url.port if is_here(ollama.url) else None
         self._tags: tuple[bytes, list[Model]] = (b"", [])
         self._ps: tuple[bytes, list[Resident]] = (b"", [])
         self._version_asked_at_s = float("-inf")
-        self._host_reader = host
-        self._gpu_worker = Worker(gpus.read, "gpus")
-        self._host_worker = Worker(self._read_host, "host")
 
         def polled[T](part: str, read: Callable[[], Awaitable[T]], pace_s: float = every_s) -> Polled[T]:
             return Polled(part, read, every_s=pace_s, deadline_s=deadline_s, clock=clock)
 
-        self._host = polled("host", self._host_worker.call)
-        self._gpus = polled("gpus", self._gpu_worker.call)
+        self._host = polled("host", Worker(host.read, "host").call)
+        self._gpus = polled("gpus", Worker(gpus.read, "gpus").call)
         self._resident = polled("ollama.resident", self._read_resident)
         self._version = polled("ollama.version", self._read_version)
-        self._models = polled("ollama.models", self._read_models, models_every_s)
+        self._models = polled("ollama.models", self._read_models, slow_s)
+        self._connections: Polled[int | None] | None = None
+        if is_here(ollama.url):
+            count = Worker(partial(connections, ollama.url.port or 80), "connections").call
+            self._connections = polled("ollama.connections", count, slow_s)
 
     @property
-    def parts(self) -> tuple[Polled[object], ...]:
+    def parts(self) -> tuple[Polled[Any], ...]:
         """Every part that is read, for those who count failures."""
-        parts = (self._host, self._gpus, self._resident, self._version, self._models)
-        return parts  # type: ignore[return-value]  # a Polled is only read from outside, so it is covariant
+        parts: tuple[Polled[Any] | None, ...] = (
+            self._host,
+            self._gpus,
+            self._resident,
+            self._version,
+            self._models,
+            self._connections,
+        )
+        return tuple(part for part in parts if part is not None)
 
     async def first(self) -> None:
         """Take one sample of everything, each part within its deadline."""
@@ -93,7 +103,6 @@ class Sampler:
         if self._host.value is None:
             raise NotReady(f"there is no sample yet: host: {self._host.error or 'being read'}")
         now_s = self._clock()
-        host, connected = self._host.value
         reading = self._gpus.value or Reading()
         stale = {part.part: why for part in self.parts if (why := part.staleness(now_s)) is not None}
         read = [part for part in self.parts if part.read_at_s is not None and part.sampled_at is not None]
@@ -104,7 +113,7 @@ class Sampler:
             kind=self._kind,
             sampled_at=newest.sampled_at,
             sample_age_s=max(0.0, now_s - (newest.read_at_s or now_s)),
-            host=host,
+            host=self._host.value,
             gpus=list(reading.gpus),
             ollama=Ollama(
                 url=str(self._ollama.url),
@@ -113,14 +122,11 @@ class Sampler:
                 version=self._version.value,
                 models=self._models.value or [],
                 resident=self._resident.value or [],
-                connections=connected,
+                connections=self._connections.value if self._connections else None,
                 requests_in_flight=requests_in_flight,
             ),
             stale=reading.stale | stale,
         )
-
-    def _read_host(self) -> tuple[Host, int | None]:
-        return self._host_reader.read(), None if self._port is None else connections(self._port)
 
     async def _read_version(self) -> str:
         known, now_s = self._version.value, self._clock()

@@ -29,7 +29,7 @@ async def sampling(url: str, **changed: object) -> AsyncIterator[Sampler]:
             "gpus": NoGpu(),
             "host": HostReader(None),
             "every_s": 0.01,
-            "models_every_s": 0.01,
+            "slow_s": 0.01,
             "deadline_s": 20.0,
         }
         sampler = Sampler(**(parts | changed))  # type: ignore[arg-type]
