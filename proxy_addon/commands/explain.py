@@ -81,7 +81,7 @@ def _decision(number: int, decision: dict[str, Any]) -> RenderableType:
     rows = decision["candidates"]
     terms = list(dict.fromkeys(name for row in rows for name in row.get("terms", ())))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("CANDIDATE")
+    table.add_column("CANDIDATE", no_wrap=True)
     for title in ("COST", *terms):
         table.add_column(title.upper() if title == "COST" else title, justify="right")
     table.add_column("NOTES")
@@ -103,7 +103,7 @@ def _candidate(row: dict[str, Any], terms: list[str]) -> list[str]:
 def _attempts(attempts: list[dict[str, Any]]) -> RenderableType:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("NODE", "FROM", "TO", "END", "DETAIL"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=title == "NODE")
     for row in attempts:
         table.add_row(
             row["node"],

@@ -32,7 +32,7 @@ def models(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("MODEL", "VERSION", "SIZE", "IN MEMORY ON", "STORED ON"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=title == "MODEL")
     for row in rows:
         in_memory = ", ".join(row["in_memory"]) or "-"
         table.add_row(

@@ -29,6 +29,12 @@ from proxy_addon.commands.client import (
 PATH = "/sollol/status"
 COLOURS = {"up": "green", "returning": "yellow", "full": "yellow", "new": "dim", "leaving": "dim"}
 
+TITLES = (
+    *("NODE", "STATE", "IN FLIGHT", "IN MEMORY", "GPU FREE", "CPU"),
+    *("SERVED", "FAILED", "LATENCY", "OLLAMA"),
+)
+RIGHT = ("SERVED", "FAILED", "LATENCY", "CPU")
+
 
 def status(
     url: Url = DEFAULT_URL,
@@ -73,20 +79,10 @@ def render(answer: dict[str, Any]) -> RenderableType:
         f" {answer['queue_depth']} waiting, {answer['requests']} done, placed by {answer['policy']}",
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in (
-        "NODE",
-        "STATE",
-        "IN FLIGHT",
-        "IN MEMORY",
-        "GPU FREE",
-        "CPU",
-        "SERVED",
-        "FAILED",
-        "LATENCY",
-        "OLLAMA",
-    ):
+    for title in TITLES:
+        # What is too wide for a terminal wraps among the models, never in a node's name.
         table.add_column(
-            title, justify="right" if title in ("IN FLIGHT", "SERVED", "FAILED", "LATENCY") else "left"
+            title, justify="right" if title in RIGHT else "left", no_wrap=title in ("NODE", "STATE", *RIGHT)
         )
     for row in nodes:
         table.add_row(*_cells(row))
