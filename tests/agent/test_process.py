@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from agent.cli import app
 from tests.agent.nvml_stub import Driver
 
 ROOT = Path(__file__).parents[2]
@@ -75,10 +77,17 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def test_it_serves_and_ends_when_told(run: Run, tmp_path: Path) -> None:
-    agent = run("--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0")
+    agent = run(
+        "--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", environment={"SOLLOL_AGENT_TOKEN": "s3cret"}
+    )
     reports = [json.loads(agent.get("/v1/report", url)) for url in (0, 1)]
     node_id = (tmp_path / "state/node_id").read_text().strip()
     assert [report["node_id"] for report in reports] == [node_id, node_id]
+    told = {"x-sollol-in-flight": "p=1", "Authorization": "Bearer wrong"}
+    request = urllib.request.Request(agent.urls[0] + "/v1/report", headers=told)
+    with pytest.raises(urllib.error.HTTPError, match="401") as caught:  # the token of the environment
+        urllib.request.urlopen(request, timeout=20)
+    caught.value.close()
     assert agent.end() == 0
     assert "Traceback" not in agent.log
     again = run("--listen", "127.0.0.1:0", "--kind", "shard")
@@ -126,18 +135,6 @@ def test_systemd_hears_ready_watchdog_and_stopping(run: Run, tmp_path: Path) -> 
         assert heard <= {b"WATCHDOG=1", b"STOPPING=1"}
 
 
-def test_the_token_is_taken_from_the_environment(run: Run) -> None:
-    agent = run("--listen", "127.0.0.1:0", environment={"SOLLOL_AGENT_TOKEN": "s3cret"})
-    request = urllib.request.Request(
-        agent.urls[0] + "/v1/report",
-        headers={"x-sollol-in-flight": "p=1", "Authorization": "Bearer wrong"},
-    )
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=20)
-    assert caught.value.code == 401
-    caught.value.close()
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -152,15 +149,18 @@ def test_the_token_is_taken_from_the_environment(run: Run) -> None:
         (["--state-dir", "/dev/null/x"], "Not a directory: '/dev/null/x"),
     ],
 )
-def test_what_keeps_it_from_starting_is_one_sentence(run: Run, arguments: list[str], sentence: str) -> None:
+def test_what_keeps_it_from_starting_is_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = f"127.0.0.1:{server.getsockname()[1]}"
-        agent = run(*(argument.format(taken=taken) for argument in arguments))
-        assert agent.popen.wait(30) == 1
-    said = [line for line in agent.log.splitlines() if line.startswith("sollol agent: ")]
-    assert len(said) == 1
-    assert sentence.format(taken=taken) in said[0]
-    assert "Traceback" not in agent.log
+        given = [argument.format(taken=taken) for argument in arguments]
+        ran = CliRunner().invoke(app, ["--no-mdns", "--state-dir", str(tmp_path), *given])
+    assert ran.exit_code == 1
+    assert isinstance(ran.exception, SystemExit)  # and no traceback
+    (said,) = ran.output.splitlines()
+    assert said.startswith("sollol agent: ")
+    assert sentence.format(taken=taken) in said
 
 
 def test_an_agents_process_imports_neither_mitmproxy_nor_what_it_does_not_use() -> None:
