@@ -140,9 +140,9 @@ class Generation:
             runner.notice()
             stats.prompt_count = count_tokens(job.prompt)
             evaluated = max(1, stats.prompt_count - cached // CHARACTERS_PER_TOKEN)
-            began = clock_ns()
-            await scheduler.sleep(scheduler.prefill_s(runner, evaluated))
-            stats.prompt_ns = max(1, clock_ns() - began)
+            prefill_s = scheduler.prefill_s(runner, evaluated)
+            await scheduler.sleep(prefill_s)
+            stats.prompt_ns = self._reported_ns(prefill_s)
         except BaseException:
             self._give_back()
             raise
@@ -152,6 +152,10 @@ class Generation:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._give_back()
+
+    def _reported_ns(self, seconds: float) -> int:
+        """Return a duration of the modelled machine: not of the test's, whose lateness is no speed of a node."""
+        return max(1, round(seconds * self._scheduler.spec.time_scale * 1e9))
 
     def _give_back(self) -> None:
         runner, self._runner = self._runner, None
@@ -181,10 +185,11 @@ class Generation:
         assert runner is not None
         loop = asyncio.get_running_loop()
         pieces = self._all_pieces()
-        stats, began, done = self.stats, clock_ns(), 0
+        stats, spent_s, done = self.stats, 0.0, 0
         deadline = loop.time()
         while done < len(pieces):
-            step_s = scheduler.token_s(runner) * scheduler.spec.time_scale
+            token_s = scheduler.token_s(runner)
+            step_s = token_s * scheduler.spec.time_scale
             if step_s <= 0:
                 due = len(pieces)
             else:
@@ -197,8 +202,8 @@ class Generation:
                     due = done + 1 + int(late_s / step_s)
                     deadline += (due - done - 1) * step_s
             batch = pieces[done:due]
-            done += len(batch)
-            stats.eval_count, stats.eval_ns = done, max(1, clock_ns() - began)
+            done, spent_s = done + len(batch), spent_s + len(batch) * token_s
+            stats.eval_count, stats.eval_ns = done, self._reported_ns(spent_s)
             yield batch
 
     async def whole(self) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import anthropic
@@ -10,6 +11,7 @@ import openai
 import pytest
 
 from tests.fakes.fixtures import NodeFactory
+from tests.fakes.raw import ask, request_bytes
 from tests.fakes.store import FakeModel, embedding_model
 from tests.fakes.tokens import StreamError, check_stream, expected_text, expected_thinking
 
@@ -135,3 +137,17 @@ async def test_anthropic_client(ollama_node: NodeFactory) -> None:
 def test_the_checker_sees_what_is_wrong(text: str, problem: str) -> None:
     with pytest.raises(StreamError, match=problem):
         check_stream(text, PROMPT, 2)
+
+
+async def test_two_hundred_at_once_get_their_own_tokens(ollama_node: NodeFactory) -> None:
+    nodes = [await ollama_node(num_parallel=8) for _ in range(2)]
+
+    async def one(number: int) -> int:
+        prompt = f"[[id:r{number}]] [[n:20]]"
+        sent = request_bytes("/api/generate", {"model": "llama3.2", "prompt": prompt})
+        answer = await ask(nodes[number % 2].host_port, sent)
+        return check_stream("".join(line["response"] for line in answer.lines), prompt)
+
+    assert await asyncio.gather(*map(one, range(200))) == [20] * 200
+    assert [len(node.received) for node in nodes] == [100, 100]
+    assert {record.outcome for node in nodes for record in node.received} == {"completed"}

@@ -200,7 +200,8 @@ async def test_a_cached_prefix_counts_but_costs_nothing(ollama_node: NodeFactory
     first = (await generate(node, "llama3.2", "word " * 400)).json
     again = (await generate(node, "llama3.2", "word " * 400)).json
     assert first["prompt_eval_count"] == again["prompt_eval_count"] == 500
-    assert again["prompt_eval_duration"] < first["prompt_eval_duration"] / 2
+    assert first["prompt_eval_duration"] == 500 * 50_000 and again["prompt_eval_duration"] == 50_000
+    assert first["eval_duration"] == 8 * 1_000_000
 
 
 async def test_leaving_cancels_a_generation(ollama_node: NodeFactory) -> None:
@@ -214,7 +215,7 @@ async def test_leaving_cancels_a_generation(ollama_node: NodeFactory) -> None:
 
 
 async def test_leaving_kills_a_load(ollama_node: NodeFactory) -> None:
-    node = await ollama_node([FakeModel("slow", size=200 * GIB), FakeModel("quick", size=GIB)])
+    node = await ollama_node([FakeModel("slow", size=GIB), FakeModel("quick", size=1)], load_bytes_s=1000.0)
     asked = asyncio.ensure_future(generate(node, "slow"))
     await node.wait_until(lambda: node.scheduler.loading is not None)
     asked.cancel()
