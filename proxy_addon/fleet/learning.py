@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.report import Model, Report
+from agent.report import Report
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.hardware import Hardware
 from proxy_addon.fleet.measured import GAIN, PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
+from proxy_addon.placement.memory import Room, room_of
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask
@@ -49,9 +50,17 @@ class Estimate:
     decode_tok_s: float
     load_s: float
     load_bytes_s: float
-    cpu_slowdown: float
-    report: Report | None  #: what the estimate was made from
+    hardware: Hardware  #: what the estimate was made from
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was read from a node's newest report, whichever the model."""
+
+    report: Report | None
+    hardware: Hardware
+    room: Room | None  #: None without a report
 
 
 class Speeds:
@@ -62,7 +71,7 @@ class Speeds:
         self.nodes = state.nodes
         self.models = state.models
         self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
-        self._hardware: dict[str, tuple[Report | None, Hardware]] = {}
+        self._machines: dict[str, Machine] = {}
         self._best: dict[bool, tuple[float, float]] = {}
         #: known hardware? → the best (prefill, decode) correction
         for known in (False, True):
@@ -88,16 +97,22 @@ class Speeds:
 
     # what is expected
 
-    def estimates(self, key: str) -> dict[str, Estimate]:
-        """Estimates of the model ``key`` made so far, by node; valid while report and size are the same."""
-        return self._cache.setdefault(key, {})
+    def machine(self, name: str, report: Report | None) -> Machine:
+        """What ``report``, the newest of the node ``name``, says of its hardware and memory."""
+        seen = self._machines.get(name)
+        if seen is None or seen.report is not report:
+            promise, room = hardware.of(report), room_of(report) if report else None
+            if seen is not None and seen.hardware == promise:
+                promise = seen.hardware  # the same object, by which estimates know that they are still good
+            seen = self._machines[name] = Machine(report, promise, room)
+        return seen
 
-    def estimate(self, name: str, node: Node, key: str, row: Model) -> Estimate:
-        """The speeds of the model ``key`` on ``node``, whose name is ``name``; ``row`` is its row there."""
-        cache = self.estimates(key)
+    def estimate(self, name: str, machine: Machine, key: str, size_bytes: int) -> Estimate:
+        """The speeds of the model ``key`` of ``size_bytes`` on the node ``name``, which is ``machine``."""
+        cache = self._cache.setdefault(key, {})
         found = cache.get(name)
-        if found is None or found.report is not node.report or found.size_bytes != row.size:
-            found = cache[name] = self._estimate(name, node, key, row.size)
+        if found is None or found.hardware is not machine.hardware or found.size_bytes != size_bytes:
+            found = cache[name] = self._estimate(name, machine.hardware, key, size_bytes)
         return found
 
     def output_tokens(self, ask: Ask) -> float:
@@ -135,29 +150,20 @@ class Speeds:
         node = self.nodes.get(name)
         return 1 - (node.outcomes.failure(now_s) if node else PRIOR_FAILURE)
 
-    def _estimate(self, name: str, node: Node, key: str, size_bytes: int) -> Estimate:
-        machine = self._machine(name, node.report)
+    def _estimate(self, name: str, promise: Hardware, key: str, size_bytes: int) -> Estimate:
         learned = self.nodes.get(name) or OfNode()
         model = learned.models.get(key) or ModelOnNode()
-        best = self._best.get(machine.known, (1.0, 1.0))
+        best = self._best.get(promise.known, (1.0, 1.0))
         own = learned.prefill.measured, learned.decode.measured
         prefill, decode = (
-            mine if mine and learned.known == machine.known else other
+            mine if mine and learned.known == promise.known else other
             for mine, other in zip(own, best, strict=True)
         )
-        prefill_tok_s = model.prefill_tok_s.measured or machine.prefill_tok_s(size_bytes) * prefill
-        decode_tok_s = model.decode_tok_s.measured or machine.decode_tok_s(size_bytes) * decode
+        prefill_tok_s = model.prefill_tok_s.measured or promise.prefill_tok_s(size_bytes) * prefill
+        decode_tok_s = model.decode_tok_s.measured or promise.decode_tok_s(size_bytes) * decode
         load_bytes_s = learned.load_bytes_s.measured or hardware.LOAD_BYTES_S
         load_s = model.load_s.measured or size_bytes / load_bytes_s
-        return Estimate(
-            prefill_tok_s, decode_tok_s, load_s, load_bytes_s, machine.cpu_slowdown, node.report, size_bytes
-        )
-
-    def _machine(self, name: str, report: Report | None) -> Hardware:
-        seen = self._hardware.get(name)
-        if seen is None or seen[0] is not report:
-            seen = self._hardware[name] = (report, hardware.of(report))
-        return seen[1]
+        return Estimate(prefill_tok_s, decode_tok_s, load_s, load_bytes_s, promise, size_bytes)
 
     # what is learned
 
@@ -182,7 +188,7 @@ class Speeds:
         row = node.models.get(ask.key)
         if stats is None or row is None or ask.unload:
             return
-        machine = self._machine(name, node.report)
+        machine = self.machine(name, node.report).hardware
         if learned.known != machine.known:  # an agent came or went: the corrections relate to another promise
             learned.known, learned.prefill, learned.decode = machine.known, Rate(), Rate()
         here = learned.models.setdefault(ask.key, ModelOnNode())

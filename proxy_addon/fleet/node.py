@@ -6,6 +6,7 @@ ejection; everything else only reads.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,6 +17,7 @@ from proxy_addon.fleet.health import Health
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask
+    from proxy_addon.placement.view import View
 
 _TURNS = count(1)
 
@@ -34,7 +36,9 @@ class Flight:
 
     def drop(self) -> None:
         """Take the request off the node; harmless the second time."""
-        self.node.flights.discard(self)
+        if self in self.node.flights:
+            self.node.flights.discard(self)
+            self.node.in_use[self.ask.key] -= 1
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +65,7 @@ class Node:
     health: Health = field(default_factory=Health)
     leaving: bool = False  #: its name or announcement is gone: no new work; removed once idle
     flights: set[Flight] = field(default_factory=set)
+    in_use: Counter[str] = field(default_factory=Counter)  #: flights by model; kept by take and drop alone
     loaded_with: dict[str, tuple[tuple[str, object], ...]] = field(default_factory=dict)
     #: canonical name → the reload key of the last request that we sent there for it
     full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
@@ -93,6 +98,7 @@ class Node:
         """Count a request as in flight here until its handle is dropped."""
         flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
         self.flights.add(flight)
+        self.in_use[ask.key] += 1
         self.turn = next(_TURNS)
         return flight
 
@@ -106,6 +112,8 @@ class Fleet:
     #: called with (node, reason) when a node stops answering polls: what it holds unanswered must move
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: digest → ``model_info`` of ``/api/show``; arrays are null there; filled in the background
+    views: dict[str, View] = field(default_factory=dict)
+    #: canonical name → placement's short memory of who may serve it, in large fleets
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
@@ -135,7 +143,11 @@ class Fleet:
     def digest(self, key: str) -> str | None:
         """The digest that the fleet serves for ``key``: the newest, where nodes differ."""
         rows = [node.models[key] for node in self if key in node.models and node.poll_error is None]
-        return max(rows, key=lambda row: row.modified_at).digest if rows else None
+        if not rows:
+            return None
+        if all(row.digest == rows[0].digest for row in rows):
+            return rows[0].digest
+        return max(rows, key=lambda row: row.modified_at).digest
 
     def nobody_stores(self, key: str) -> bool:
         """Whether no node that could be asked has the model ``key``: then it does not exist here."""

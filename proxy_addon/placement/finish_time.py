@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.learning import Estimate, slowdown
-from proxy_addon.placement.runner import Start, load_left_s, loading, queue, slots_of
+from proxy_addon.placement.runner import Start, load_left_s, loading, queue
 from proxy_addon.placement.scene import Cost, Place, Scene
 
 EVICTED_IS_WANTED = 0.5  #: probability that an evicted model is asked for again and must be loaded
@@ -19,34 +19,19 @@ class FinishTime:
     """Minimises the expected seconds until the last byte."""
 
     def bounds(self, scene: Scene) -> list[float]:
-        """Wait for a slot, load and work at the best conceivable speed."""
-        ask, speeds = scene.ask, scene.speeds
-        key, prompt, output = ask.key, scene.prompt_tokens, scene.output_tokens
-        known = speeds.estimates(key)
-        found = []
-        for place in scene.places:
-            node = place.node
-            estimate = known.get(place.name)
-            if (
-                estimate is None
-                or estimate.report is not node.report
-                or estimate.size_bytes != place.row.size
-            ):
-                estimate = speeds.estimate(place.name, node, key, place.row)
-            seconds = prompt / estimate.prefill_tok_s + output / estimate.decode_tok_s
-            if node.flights:
-                if len(node.flights) >= node.parallel:
-                    seconds += min(queue(node.flights, key, slots_of(node, ask, place.row), scene.now_s))
-            elif key not in node.resident:
-                seconds += estimate.load_s
-            found.append(seconds)
-        return found
+        """Load and work at the best conceivable speed, without any wait."""
+        key, prompt, output = scene.ask.key, scene.prompt_tokens, scene.output_tokens
+        return [
+            prompt * place.s_per_prompt_token
+            + output * place.s_per_output_token
+            + (0.0 if place.node.in_use.get(key) else place.absent_load_s)
+            for place in scene.places
+        ]
 
-    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
         """The sum of wait_s, load_s, prefill_s, decode_s, evict_s and failure_s."""
-        node, key, now_s = place.node, scene.ask.key, scene.now_s
-        estimate = scene.speeds.estimate(place.name, node, key, place.row)
-        free_s = queue(node.flights, key, slots, now_s) if node.flights else [0.0]
+        node, key, now_s, estimate = place.node, scene.ask.key, scene.now_s, place.estimate
+        free_s = queue(node.flights, key, place.slots, now_s) if node.flights else [0.0]
         wait_s, load_s = min(free_s), 0.0
         if start.loading is not None:
             load_s = load_left_s(start.loading, now_s)
@@ -54,12 +39,12 @@ class FinishTime:
             load_s = estimate.load_s
             if node.flights:
                 wait_s = max(_load_wait_s(place, start, now_s), max(free_s))
-        beside = _beside(place, key, slots) if node.flights else 0
-        speed = hardware.offload_slowdown(start.gpu_share, estimate.cpu_slowdown) * slowdown(beside)
-        prefill_s = scene.prompt_tokens / estimate.prefill_tok_s
+        beside = _beside(place, key) if node.flights else 0
+        offload = 1.0
         if start.gpu_share < 1:
-            prefill_s *= hardware.offload_slowdown(start.gpu_share, estimate.cpu_slowdown)
-        decode_s = scene.output_tokens / estimate.decode_tok_s * speed
+            offload = hardware.offload_slowdown(start.gpu_share, estimate.hardware.cpu_slowdown)
+        prefill_s = scene.prompt_tokens * place.s_per_prompt_token * offload
+        decode_s = scene.output_tokens * place.s_per_output_token * offload * slowdown(beside)
         evict_s = _evict_s(place, start, estimate) if start.evicts else 0.0
         odds = scene.speeds.failure_odds(place.name, now_s)
         lost_s = scene.speeds.lost_s(place.name) + WORK_LOST * (load_s + prefill_s + decode_s)
@@ -84,19 +69,17 @@ class FinishTime:
 def _load_wait_s(place: Place, start: Start, now_s: float) -> float:
     """Loads before ours, and the requests of those models that must make room; both at the same time."""
     node = place.node
-    waits = [load_left_s(flight, now_s) for flight in loading(node)]
+    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)]
     for model in start.drains:
         waits.append(max(queue(node.flights, model, max(node.parallel, 1), now_s)))
     return max(waits, default=0.0)
 
 
-def _beside(place: Place, key: str, slots: int) -> int:
+def _beside(place: Place, key: str) -> int:
     """How many other sequences the node will be decoding while it works on ours."""
-    by_model: dict[str, int] = {}
-    for flight in place.node.flights:
-        by_model[flight.ask.key] = by_model.get(flight.ask.key, 0) + 1
-    ours = min(by_model.pop(key, 0), slots - 1)
-    return ours + sum(min(count, place.node.parallel) for count in by_model.values())
+    node = place.node
+    ours = min(node.in_use[key], place.slots - 1)
+    return ours + sum(min(count, node.parallel) for model, count in node.in_use.items() if model != key)
 
 
 def _evict_s(place: Place, start: Start, estimate: Estimate) -> float:

@@ -43,6 +43,17 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """The memory of a node, from its report. Read by :func:`room_of`."""
+
+    gpus: bool
+    unified: bool  #: accelerators use the machine's RAM: what they have free is not free twice
+    gpu_free_bytes: int
+    ram_free_bytes: int
+    default_num_ctx: int  #: the context of a request that names none
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """How a model would lie on a node."""
 
@@ -105,61 +116,54 @@ def need_bytes(shape: ModelShape | None, weights_bytes: int, num_ctx: int, paral
     return weights_bytes + cache + min(GIB, 256 * MIB + weights_bytes // 4)
 
 
-def default_num_ctx(report: Report | None) -> int | None:
-    """The context of a request that names none; None where no agent tells how much GPU memory there is."""
-    if report is None:
-        return None
+def room_of(report: Report) -> Room:
+    """The memory that ``report`` tells of."""
+    unified = any(gpu.vendor == "apple" for gpu in report.gpus)
     total = sum(gpu.memory_total_bytes for gpu in report.gpus)
-    return next(ctx for at_least, ctx in DEFAULT_NUM_CTX if total >= at_least)
+    return Room(
+        bool(report.gpus),
+        unified,
+        sum(max(gpu.memory_free_bytes - GPU_RESERVE_BYTES, 0) for gpu in report.gpus),
+        0 if unified else report.host.ram_available_bytes,
+        next(ctx for at_least, ctx in DEFAULT_NUM_CTX if total >= at_least),
+    )
 
 
-def fit(
-    need: int,
-    report: Report,
-    resident: Mapping[str, Resident],
-    key: str,
-    busy: Collection[str] = (),
-) -> Fit:
-    """How a model of ``need`` bytes, canonical name ``key``, would lie on the node that sent ``report``.
+def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy: Collection[str] = ()) -> Fit:
+    """How a model of ``need`` bytes, canonical name ``key``, would lie on a node with ``room``.
 
     A resident of the same name is replaced. Others go, idle ones (not in ``busy``) and those that would
     expire soonest first, while the model does not fit wholly on the GPUs. What is still too much is computed
     from RAM; only where that does not suffice either, the model does not fit.
     """
-    gpus = bool(report.gpus)
-    unified = any(gpu.vendor == "apple" for gpu in report.gpus)
-    gpu_free = sum(max(gpu.memory_free_bytes - GPU_RESERVE_BYTES, 0) for gpu in report.gpus)
-    ram_free = 0 if unified else report.host.ram_available_bytes
+    gpu_free, ram_free = room.gpu_free_bytes, room.ram_free_bytes
     others = [name for name in resident if name != key]
+    if len(others) < len(resident):
+        gpu_free, ram_free = _given_back(resident[key], room, gpu_free, ram_free)
     evicts: list[str] = []
-
-    def give_back(name: str) -> None:
-        nonlocal gpu_free, ram_free
-        row = resident[name]
-        gpu_free += row.size_vram if gpus else 0
-        ram_free += 0 if unified else row.size - (row.size_vram if gpus else 0)
-
-    def fast_bytes() -> float:
-        free = gpu_free if gpus else ram_free
-        return free * ADDITIONAL_SHARE if len(evicts) < len(others) else free
-
-    if key in resident:
-        give_back(key)
-    for name in sorted(others, key=lambda name: (name in busy, _expiry(resident[name]))):
-        if need <= fast_bytes():
-            break
-        give_back(name)
-        evicts.append(name)
+    if need > (gpu_free if room.gpus else ram_free) * (ADDITIONAL_SHARE if others else 1.0):
+        others.sort(key=lambda name: (name in busy, _expiry(resident[name])))
+        for name in others:
+            gpu_free, ram_free = _given_back(resident[name], room, gpu_free, ram_free)
+            evicts.append(name)
+            left = ADDITIONAL_SHARE if len(evicts) < len(others) else 1.0
+            if need <= (gpu_free if room.gpus else ram_free) * left:
+                break
     if need > gpu_free + ram_free:
-        return Fit(False, 0.0, tuple(evicts), f"needs {_gb(need)}, has {_gb(gpu_free + ram_free)}")
-    share = min(gpu_free / need, 1.0) if gpus and need else 1.0
-    note = f"CPU offload {1 - share:.0%}" if share < 1 else ""
-    return Fit(True, share, tuple(evicts), note)
+        return Fit(False, 0.0, tuple(evicts), f"needs {_gib(need)}, has {_gib(gpu_free + ram_free)}")
+    share = min(gpu_free / need, 1.0) if room.gpus and need else 1.0
+    return Fit(True, share, tuple(evicts), f"CPU offload {1 - share:.0%}" if share < 1 else "")
+
+
+def _given_back(row: Resident, room: Room, gpu_free: int, ram_free: int) -> tuple[int, int]:
+    """What is free on GPUs and in RAM once ``row`` is unloaded."""
+    on_gpu = row.size_vram if room.gpus else 0
+    return gpu_free + on_gpu, ram_free + (0 if room.unified else row.size - on_gpu)
 
 
 def _expiry(row: Resident) -> float:
     return row.expires_at.timestamp() if row.expires_at else float("inf")
 
 
-def _gb(size_bytes: float) -> str:
+def _gib(size_bytes: float) -> str:
     return f"{size_bytes / GIB:.1f} GiB"

@@ -14,7 +14,7 @@ from proxy_addon.ask import Ask, ReloadKey
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement import memory
-from proxy_addon.placement.memory import Fit, ModelShape
+from proxy_addon.placement.memory import Fit, ModelShape, Room
 
 OVERRUN = 0.25  #: what has taken longer than expected takes this share of its age longer still
 #: Families whose runners have one slot whatever OLLAMA_NUM_PARALLEL says (``server/sched.go``).
@@ -35,23 +35,32 @@ class Start:
 
 
 def start(
-    node: Node, ask: Ask, row: Model, shape: ModelShape | None, size_ratio: float, slots: int
+    node: Node,
+    ask: Ask,
+    row: Model,
+    room: Room | None,
+    slots: int,
+    shape: ModelShape | None = None,
+    size_ratio: float = 1.0,
 ) -> Start | str:
-    """How ``node`` would get to serve ``ask``, or the reason why it cannot."""
+    """How ``node`` would get to serve ``ask``, or the reason why it cannot.
+
+    ``room`` is its memory, None without an agent; ``shape`` and ``size_ratio`` improve the estimate of need.
+    """
     resident = node.resident.get(ask.key)
-    loading = _loading(node, ask, row) if node.flights else None
-    if loading is not None:
-        return Start(loads=True, loading=loading, notes=("shares a load under way",))
-    change = reload_reason(node, ask, row, resident) if resident else None
+    shared = _shared_load(node, ask, row, room) if node.flights else None
+    if shared is not None:
+        return Start(loads=True, loading=shared, notes=("shares a load under way",))
+    change = reload_reason(node, ask, row, room, resident) if resident else None
     if resident is not None and change is None:
         share = min(resident.size_vram / resident.size, 1.0) if resident.size else 1.0
-        if node.report is not None and not node.report.gpus:
-            share = 1.0
+        if room is not None and not room.gpus:
+            share = 1.0  # a machine without accelerators is measured as it is
         offload = (f"CPU offload {1 - share:.0%}",) if share < 1 else ()
         return Start(gpu_share=share, notes=("resident", *offload))
     if resident is None and any(f.ask.key == ask.key for f in node.flights):
         return Start(notes=("in use there",))  # loaded since the last poll
-    found = _fit(node, ask, row, shape, size_ratio, slots)
+    found = _fit(node, ask, row, room, slots, shape, size_ratio)
     if not found.fits:
         return found.note
     notes: tuple[str, ...] = (f"reload: {change}" if change else "load",)
@@ -71,7 +80,7 @@ def slots_of(node: Node, ask: Ask, row: Model) -> int:
     return 1 if family.startswith(ONE_SLOT) else node.parallel
 
 
-def reload_reason(node: Node, ask: Ask, row: Model, resident: Resident) -> str | None:
+def reload_reason(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resident) -> str | None:
     """Why the runner of ``resident`` must be loaded anew for ``ask``; None if it can serve it."""
     sent = node.loaded_with.get(ask.key)
     running = resident.context_length
@@ -85,7 +94,9 @@ def reload_reason(node: Node, ask: Ask, row: Model, resident: Resident) -> str |
         return "options that may differ"
     if running is None:
         return None
-    wanted = ask.num_ctx if ask.num_ctx is not None else memory.default_num_ctx(node.report)
+    wanted = ask.num_ctx
+    if wanted is None and room is not None:
+        wanted = room.default_num_ctx
     if wanted is None:  # the default of a node without an agent: one of three
         alike = running in {_clamp(ctx, trained) for ctx in DEFAULTS}
         return None if alike else f"num_ctx {running} → default"
@@ -121,45 +132,52 @@ def load_left_s(flight: Flight, now_s: float) -> float:
     return max(flight.expected_s - service_s - age_s, OVERRUN * age_s)
 
 
-def loading(node: Node) -> list[Flight]:
+def loading(node: Node, room: Room | None) -> list[Flight]:
     """The requests for which the node is loading a model, or will, as far as is known here."""
     return [
         flight
         for flight in node.flights
-        if flight.load and flight.first_byte_s is None and not _loaded(node, flight.ask)
+        if flight.load and flight.first_byte_s is None and not _loaded(node, flight.ask, room)
     ]
 
 
-def _loading(node: Node, ask: Ask, row: Model) -> Flight | None:
-    for flight in loading(node):
-        if flight.ask.key == ask.key and _same_runner(node, flight.ask.reload_key, ask.reload_key, row):
+def _shared_load(node: Node, ask: Ask, row: Model, room: Room | None) -> Flight | None:
+    for flight in loading(node, room):
+        if flight.ask.key == ask.key and _same_runner(flight.ask.reload_key, ask.reload_key, row, room):
             return flight
     return None
 
 
-def _loaded(node: Node, ask: Ask) -> bool:
-    resident = node.resident.get(ask.key)
-    row = node.models.get(ask.key)
-    return resident is not None and row is not None and reload_reason(node, ask, row, resident) is None
+def _loaded(node: Node, ask: Ask, room: Room | None) -> bool:
+    resident, row = node.resident.get(ask.key), node.models.get(ask.key)
+    return resident is not None and row is not None and reload_reason(node, ask, row, room, resident) is None
 
 
-def _same_runner(node: Node, one: ReloadKey, other: ReloadKey, row: Model) -> bool:
+def _same_runner(one: ReloadKey, other: ReloadKey, row: Model, room: Room | None) -> bool:
     if one == other:
         return True
-    default, trained = memory.default_num_ctx(node.report), _trained(row)
-    contexts = [_clamp(dict(key).get("num_ctx", default) or 0, trained) for key in (one, other)]
+    default, trained = room.default_num_ctx if room else 0, _trained(row)
+    contexts = [_clamp(dict(key).get("num_ctx", default), trained) for key in (one, other)]
     return contexts[0] == contexts[1] and _others(one) == _others(other)
 
 
-def _fit(node: Node, ask: Ask, row: Model, shape: ModelShape | None, size_ratio: float, slots: int) -> Fit:
-    if node.report is None:
+def _fit(
+    node: Node,
+    ask: Ask,
+    row: Model,
+    room: Room | None,
+    slots: int,
+    shape: ModelShape | None,
+    size_ratio: float,
+) -> Fit:
+    if room is None:
         return Fit(True, note="memory unknown: no agent")
     if node.kind == "shard":
         return Fit(True, note="memory is the coordinator's concern")
-    num_ctx = ask.num_ctx if ask.num_ctx is not None else memory.default_num_ctx(node.report) or 4096
+    num_ctx = ask.num_ctx if ask.num_ctx is not None else room.default_num_ctx
     num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
     need = int(memory.need_bytes(shape, row.size, num_ctx, slots) * size_ratio)
-    return memory.fit(need, node.report, node.resident, ask.key, {f.ask.key for f in node.flights})
+    return memory.fit(need, room, node.resident, ask.key, {f.ask.key for f in node.flights})
 
 
 def _others(key: ReloadKey) -> ReloadKey:

@@ -7,19 +7,25 @@ from typing import Protocol
 
 from agent.report import Model
 from proxy_addon.ask import Ask
-from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.learning import Estimate, Speeds
 from proxy_addon.fleet.node import Node
-from proxy_addon.placement.memory import ModelShape
+from proxy_addon.placement.memory import Room
 from proxy_addon.placement.runner import Start
 
 
 @dataclass(slots=True)
 class Place:
-    """A node that may be considered, and its row of the asked model."""
+    """A node that may be considered, its row of the asked model, and how fast it is with that."""
 
     name: str
     node: Node
     row: Model
+    slots: int  #: requests that a runner of the model serves at a time
+    room: Room | None  #: its memory; None without an agent
+    estimate: Estimate
+    s_per_prompt_token: float
+    s_per_output_token: float
+    absent_load_s: float  #: 0 where the model is resident, under whatever options
 
 
 @dataclass(slots=True)
@@ -30,10 +36,8 @@ class Scene:
     speeds: Speeds
     now_s: float
     places: list[Place]
-    shape: ModelShape | None = None
-    prompt_tokens: float = 0.0
+    prompt_tokens: float = 0.0  #: expected
     output_tokens: float = 0.0
-    size_ratio: float = 1.0
 
 
 @dataclass(slots=True)
@@ -51,8 +55,8 @@ class Policy(Protocol):
     def bounds(self, scene: Scene) -> list[float]:
         """For each place of ``scene`` a value that its cost is never below, quickly."""
 
-    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
-        """The cost of ``place``, which would serve the request as ``start`` says with ``slots`` slots."""
+    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
+        """The cost of ``place``, which would serve the request as ``start`` says."""
 
     def explain(self, cost: Cost) -> str:
         """``cost`` of the chosen node in a few words."""

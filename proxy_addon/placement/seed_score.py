@@ -71,7 +71,7 @@ class SeedScore:
         """The negative scores themselves."""
         return [-self._factors(scene, place).score() for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
         """The negative score, with the inputs as terms."""
         found = self._factors(scene, place)
         terms = {

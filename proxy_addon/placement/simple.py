@@ -13,7 +13,7 @@ class LeastLoaded:
         """The costs themselves."""
         return [len(place.node.flights) / place.node.parallel for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
         """Requests in flight per slot."""
         count = len(place.node.flights)
         return Cost(count / place.node.parallel, {"in_flight": float(count)}, start.notes)
@@ -30,7 +30,7 @@ class RoundRobin:
         """The costs themselves."""
         return [float(place.node.turn) for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start, slots: int) -> Cost:
+    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
         """The number of its last turn; turns are counted over all nodes."""
         return Cost(float(place.node.turn), {"last_turn": float(place.node.turn)}, start.notes)
 
