@@ -154,7 +154,7 @@ class Generation:
         self._give_back()
 
     def _reported_ns(self, seconds: float) -> int:
-        """Return a duration of the modelled machine: not of the test's, whose lateness is no speed of a node."""
+        """Return a duration of the modelled machine; the test machine's lateness is no speed of a node."""
         return max(1, round(seconds * self._scheduler.spec.time_scale * 1e9))
 
     def _give_back(self) -> None:

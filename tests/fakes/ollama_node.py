@@ -13,8 +13,8 @@ The answer's tokens derive from the prompt: ``[[id:abc]]`` gives `` abc-0 abc-1 
 :func:`tests.fakes.tokens.check_stream` finds each lost, doubled or foreign one; ``[[n:50]]`` sets the length.
 Durations (load, prefill, decode, pull) are those of a real machine times ``time_scale``; what a client asks
 for (keep_alive) is not scaled. The prefill and decode durations that a node reports are those of the model,
-so learned speeds are exact; total and load durations are measured. The machine's sizes and speeds are the fields of
-:class:`~tests.fakes.machine.NodeSpec`, given here by keyword.
+so learned speeds are exact; total and load durations are measured. The machine's sizes and speeds are the
+fields of :class:`~tests.fakes.machine.NodeSpec`, given here by keyword.
 
 Whole-node failures: ``refuse()`` (listener closed), ``accept_again()``, ``black_hole()`` (accepts, never
 answers), ``slow_accept(seconds)``, ``freeze()`` and ``thaw()`` (as SIGSTOP and SIGCONT), ``kill()`` (all
