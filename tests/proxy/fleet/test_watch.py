@@ -7,6 +7,8 @@ import logging
 
 import pytest
 
+from agent.ollama.client import parse_tags
+from agent.report import Model
 from proxy_addon.fleet import node_watch, shapes
 from proxy_addon.fleet.node import Fleet, Node
 from tests.fakes.faults import hang, reply, rst
@@ -301,13 +303,24 @@ async def test_a_shape_that_cannot_be_had_is_asked_for_a_few_times_only(
     assert found.fleet.shapes == {}
 
 
-async def test_an_unchanged_list_is_not_parsed_again(ollama_node: NodeFactory, watched: WatchFactory) -> None:
+async def test_an_unchanged_list_is_not_parsed_again(
+    ollama_node: NodeFactory, watched: WatchFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    def parse(body: bytes) -> list[Model]:
+        parsed.append(len(body))
+        return parse_tags(body)
+
+    monkeypatch.setattr(node_watch, "parse_tags", parse)
     fake = await ollama_node()
     found = watched(fake)
     await found.watch.looked()
-    row = only(found.fleet).models[LLAMA]
-    await rounds(fake, 2, "/api/tags")
-    assert only(found.fleet).models[LLAMA] is row
+    await found.watch.refresh(found.fleet)
+    assert len(parsed) == 1
+    fake.store.add(FakeModel("new"))
+    await found.watch.refresh(found.fleet)
+    assert len(parsed) == 2
 
 
 async def test_stopping_ends_all_polls_also_one_that_hangs(
