@@ -150,9 +150,9 @@ class Runners:
         stays = FOR_EVER if math.isinf(seconds) else min(FOR_EVER, timedelta(seconds=seconds))
         runner.expires_at = datetime.now(UTC) + stays
         if not runner.leases:
-            if not runner.load.done() or seconds == 0:
+            if not runner.load.done():
                 self._background(self._retire(runner))
-            elif not math.isinf(seconds):
+            elif not math.isinf(seconds) and self._runners.get(runner.model.key) is runner:
                 loop = asyncio.get_running_loop()
                 runner.timer = loop.call_later(seconds, self._expire, runner)
         self._background(self._notify())

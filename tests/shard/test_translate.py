@@ -1,0 +1,146 @@
+from typing import Any
+
+import pytest
+
+from shard.options import resolve
+from shard.passthrough import upstream_body
+from shard.translate import (
+    Refusal,
+    chat_body,
+    completion_body,
+    embed_inputs,
+    generate_messages,
+    infill_body,
+    oldest_to_drop,
+    render_template,
+    shorten,
+    surely_fits,
+)
+
+OPTIONS = resolve({"num_ctx": 512, "stop": ["x"]}, None)
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def message(**given: Any) -> dict[str, Any]:
+    [converted] = chat_body({"messages": [given]}, OPTIONS)["messages"]
+    return converted
+
+
+def test_a_chat_carries_its_sampling_and_always_streams() -> None:
+    body = chat_body({"messages": [{"role": "user", "content": "hi"}], "stream": False}, OPTIONS)
+    assert body["messages"] == [{"role": "user", "content": "hi"}]
+    assert (body["stream"], body["top_p"], body["stop"], body["n_predict"]) == (True, 0.9, ["x"], 5120)
+    assert not {"tools", "logprobs", "response_format", "chat_template_kwargs"} & body.keys()
+
+
+def test_tool_calls_and_results_take_openais_form() -> None:
+    call = {"id": "c1", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert message(role="assistant", content="", tool_calls=[call])["tool_calls"] == [
+        {"id": "c1", "index": 0, "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    ]
+    assert message(role="tool", content="7", tool_name="f", tool_call_id="c1") == {
+        "role": "tool",
+        "content": "7",
+        "name": "f",
+        "tool_call_id": "c1",
+    }
+
+
+def test_images_become_data_uris_after_the_text() -> None:
+    assert message(role="user", content="see", images=[PNG])["content"] == [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+    ]
+    with pytest.raises(Refusal, match="base64"):
+        message(role="user", content="see", images=["not base64!"])
+
+
+@pytest.mark.parametrize(
+    ("think", "kwargs"),
+    [
+        (True, {"enable_thinking": True}),
+        (False, {"enable_thinking": False}),
+        ("low", {"enable_thinking": True, "reasoning_effort": "low"}),
+    ],
+)
+def test_think(think: Any, kwargs: dict[str, Any]) -> None:
+    body = chat_body({"messages": [], "think": think}, OPTIONS)
+    assert body["chat_template_kwargs"] == kwargs
+
+
+def test_think_knows_its_levels() -> None:
+    with pytest.raises(Refusal, match='invalid think value: "lots"'):
+        chat_body({"messages": [], "think": "lots"}, OPTIONS)
+
+
+def test_earlier_thinking_goes_back_to_the_template() -> None:
+    assert message(role="assistant", content="7", thinking="3+4")["reasoning_content"] == "3+4"
+
+
+def test_format_on_both_routes() -> None:
+    schema = {"type": "object"}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}}
+    assert chat_body({"messages": [], "format": schema}, OPTIONS)["response_format"] == wrapped
+    assert chat_body({"messages": [], "format": "json"}, OPTIONS)["response_format"] == {
+        "type": "json_object"
+    }
+    assert completion_body({"format": {"enum": [1]}}, OPTIONS, "")["json_schema"] == {"enum": [1]}
+    assert completion_body({"format": "json"}, OPTIONS, "")["json_schema"] == {"type": "object"}
+    assert "json_schema" not in completion_body({"format": ""}, OPTIONS, "")
+
+
+def test_logprobs_on_both_routes() -> None:
+    assert chat_body({"messages": [], "logprobs": True}, OPTIONS)["top_logprobs"] == 1
+    assert completion_body({"logprobs": True, "top_logprobs": 5}, OPTIONS, "")["n_probs"] == 5
+    assert "n_probs" not in completion_body({"top_logprobs": 5}, OPTIONS, "")
+
+
+def test_generate_becomes_a_conversation_or_a_prompt() -> None:
+    assert generate_messages({"prompt": "p", "system": "s"}) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "p"},
+    ]
+    assert completion_body({}, OPTIONS, [1, 2])["prompt"] == [1, 2]
+    body = infill_body({"prompt": "a", "suffix": "b"}, OPTIONS)
+    assert (body["input_prefix"], body["input_suffix"], "prompt" in body) == ("a", "b", False)
+
+
+def test_a_template_is_filled_in_once() -> None:
+    template = "{{ .System }}|{{- .Prompt -}}|{{ .Response }}tail"
+    assert render_template(template, system="{{ .Prompt }}", prompt="p") == "{{ .Prompt }}|p|"
+    with pytest.raises(Refusal, match="range"):
+        render_template("{{ range .Messages }}{{ end }}", system="", prompt="p")
+
+
+def test_embedding_inputs() -> None:
+    assert [embed_inputs({"input": given}) for given in ("a", ["a", "b"], "", None, [])] == [
+        ["a"], ["a", "b"], [], [], []
+    ]  # fmt: skip
+    for wrong in (1, [1], {"a": 1}):
+        with pytest.raises(Refusal, match="invalid input type"):
+            embed_inputs({"input": wrong})
+
+
+def test_dimensions_shorten_to_a_unit_vector() -> None:
+    assert shorten([0.6, 0.0, 0.8], 2) == [1.0, 0.0]
+    assert shorten([0.6, 0.8], 5) == shorten([0.6, 0.8], None) == [0.6, 0.8]
+
+
+def test_the_system_message_and_the_last_are_never_dropped() -> None:
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": role} for role in roles]
+    assert oldest_to_drop(messages) == 1
+    assert oldest_to_drop([messages[0], messages[3]]) is None
+    assert oldest_to_drop([messages[3]]) is None
+
+
+def test_a_conversation_is_counted_only_if_it_may_be_too_long() -> None:
+    assert surely_fits([{"content": "a" * 400}], 512)
+    assert not surely_fits([{"content": "ä" * 400}], 512)
+
+
+def test_passed_through_bodies_start_from_ollamas_defaults() -> None:
+    body = upstream_body("/v1/chat/completions", {"model": "m", "top_p": None, "temperature": 0.3}, OPTIONS)
+    assert (body["temperature"], body["top_p"], body["min_p"], body["n_predict"]) == (0.3, 1.0, 0.0, 5120)
+    assert "n_predict" not in upstream_body("/v1/chat/completions", {"max_tokens": 4}, OPTIONS)
+    assert upstream_body("/v1/embeddings", {"input": "a"}, OPTIONS) == {"input": "a"}
