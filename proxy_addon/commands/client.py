@@ -77,7 +77,7 @@ def fail(command: str, sentence: object, status: int = 1) -> NoReturn:
 def console() -> Console:
     """Where tables go: as wide as the terminal, wide where there is none.
 
-    Without markup: ``[::1]:11434`` is a node, ``[Errno 111]`` a reason.
+    Without markup: ``[fe80::2]:11434`` is a node.
     """
     return Console(width=None if sys.stdout.isatty() else WIDE, markup=False, highlight=False, emoji=False)
 

@@ -243,7 +243,7 @@ def test_explain_tells_the_way_and_the_reason(url: str, admin: Admin, ask: tuple
     rows = (
         Candidate("b:1", cost=9.5, terms={"wait_s": 9.0, "decode_s": 0.5}),
         Candidate("a:1", cost=1.25, terms={"decode_s": 1.25}, notes=("resident", "CPU offload 40 %")),
-        Candidate("[::1]:1", excluded="[Errno 111] :x: refused"),
+        Candidate("[fe80::2]:1", excluded="[Errno 111] :x: refused"),
     )
     second.decisions = [Decision("finish_time", "a:1", rows, "a:1 finishes first")]
     for made in (first, second):
@@ -257,7 +257,7 @@ def test_explain_tells_the_way_and_the_reason(url: str, admin: Admin, ask: tuple
     at = table.index(["CANDIDATE", "COST", "wait_s", "decode_s", "NOTES"])
     assert table[at + 1] == ["a:1", "1.250", "-", "1.250", "resident,", "CPU", "offload", "40", "%"]
     assert table[at + 2] == ["b:1", "9.500", "9.000", "0.500"]
-    assert table[at + 3][:4] == ["[::1]:1", "-", "-", "-"]
+    assert table[at + 3][:4] == ["[fe80::2]:1", "-", "-", "-"]
     assert "may not serve: [Errno 111] :x: refused" in shown.output
     assert ["b:1", "0", "ms", "500", "ms", "died"] in table
     assert "prompt tokens 5, output tokens 7" in shown.output

@@ -204,6 +204,11 @@ def test_a_mistake_elsewhere(
     assert str(caught.value) == sentence
 
 
+def test_the_place_is_that_of_the_source_that_won() -> None:
+    with pytest.raises(SettingsError, match=r"^\$SOLLOL_NODES: nodes\[0\]\.port should be less"):
+        read("nodes:\n - a:1\n - b:2", {"SOLLOL_NODES": "a:70000"})
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load(tmp_path / "none.yaml", {})
