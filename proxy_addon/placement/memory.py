@@ -150,7 +150,9 @@ def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy:
             if need <= (gpu_free if room.gpus else ram_free) * left:
                 break
     if need > gpu_free + ram_free:
-        return Fit(False, 0.0, tuple(evicts), f"needs {_gib(need)}, has {_gib(gpu_free + ram_free)}")
+        return Fit(
+            False, 0.0, tuple(evicts), f"does not fit: needs {_gib(need)}, has {_gib(gpu_free + ram_free)}"
+        )
     share = min(gpu_free / need, 1.0) if room.gpus and need else 1.0
     return Fit(True, share, tuple(evicts), f"CPU offload {1 - share:.0%}" if share < 1 else "")
 

@@ -1,0 +1,282 @@
+"""Each term of the expected finish time, alone; then what must hold for all of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.report import Report
+from proxy_addon.ask import Ask
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Fleet
+from proxy_addon.placement import policies
+from proxy_addon.placement.decision import Candidate
+from proxy_addon.placement.policies import decide
+from proxy_addon.record import FinalStats
+from tests.proxy.placement.worlds import NOW_S, ask, name, node, report, resident, row
+
+
+def candidate(fleet: Fleet, number: int, asked: Ask | None = None, speeds: Speeds | None = None) -> Candidate:
+    decision = decide(asked or ask(), fleet, speeds or Speeds(), NOW_S)
+    return next(c for c in decision.candidates if c.node == name(number))
+
+
+def test_the_cost_is_the_sum_of_its_terms_and_the_cheapest_wins() -> None:
+    fleet = Fleet()
+    node(fleet, 1, report=report(bandwidth=300e9))
+    node(fleet, 2, report=report(bandwidth=900e9))
+    decision = decide(ask(), fleet, Speeds(), NOW_S)
+    assert decision.node == name(2)
+    for found in decision.candidates:
+        assert found.cost == pytest.approx(sum(found.terms.values()))
+    chosen = decision.chosen
+    assert chosen is not None
+    assert decision.service_s == pytest.approx(chosen.terms["prefill_s"] + chosen.terms["decode_s"])
+    assert decision.expected_s == pytest.approx(decision.service_s + chosen.terms["load_s"])
+
+
+def test_a_resident_model_beats_a_load_elsewhere() -> None:
+    fleet = Fleet()
+    node(fleet, 1, resident={"m": resident()})
+    node(fleet, 2)
+    assert decide(ask(), fleet, Speeds(), NOW_S).node == name(1)
+    assert candidate(fleet, 1).terms["load_s"] == 0
+    assert candidate(fleet, 2).terms["load_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "context", "num_ctx", "gpu_gib", "note"),
+    [
+        (None, 4096, None, 8, "resident"),  # the default of a GPU with less than 23 GiB
+        (None, 4096, 4096, 8, "resident"),
+        (None, 8192, 8192, 8, "resident"),
+        (None, 8192, None, 8, "reload: num_ctx 8192 → 4096"),  # loaded with an explicit one
+        (None, 32768, None, 24, "resident"),
+        (None, 4096, 32768, 24, "reload: num_ctx 4096 → 32768"),
+        (None, 40000, 99999, 8, "resident"),  # both clamped to the training context
+        ((), 5000, None, 8, "resident"),  # the node has a default of its own
+        ((), 4096, 8192, 8, "reload: num_ctx 4096 → 8192"),
+        ((("num_ctx", 8192),), 4096, 8192, 8, "reload: num_ctx 4096 → 8192"),  # somebody else reloaded it
+        ((("num_gpu", 10),), 4096, None, 8, "reload: other options"),
+        (None, None, 8192, 8, "resident"),  # an Ollama that does not tell the context
+    ],
+)
+def test_reloads(
+    sent: tuple[tuple[str, object], ...] | None,
+    context: int | None,
+    num_ctx: int | None,
+    gpu_gib: float,
+    note: str,
+) -> None:
+    fleet = Fleet()
+    n = node(
+        fleet,
+        1,
+        report=report(gpu_gib=gpu_gib),
+        resident={"m": resident(context=context)},
+        models={"m": row(context_length=40_000)},
+    )
+    if sent is not None:
+        n.loaded_with["m"] = sent
+    found = candidate(fleet, 1, ask(num_ctx=num_ctx))
+    assert found.notes[0] == note
+    assert (found.terms["load_s"] > 0) == note.startswith("reload")
+
+
+@pytest.mark.parametrize(
+    ("context", "reload"), [(4096, False), (32768, False), (262144, False), (8192, True)]
+)
+def test_without_an_agent_any_default_context_counts_as_default(context: int, reload: bool) -> None:
+    fleet = Fleet()
+    node(fleet, 1, report=None, resident={"m": resident(context=context)})
+    assert candidate(fleet, 1).notes[0].startswith("reload") == reload
+
+
+def test_requests_beyond_the_slots_wait_for_their_remaining_time() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, parallel=2, resident={"m": resident()})
+    n.take(ask(), NOW_S - 4, expected_s=10, service_s=10)
+    assert candidate(fleet, 1).terms["wait_s"] == 0
+    n.take(ask(), NOW_S - 1, expected_s=4, service_s=4)
+    assert candidate(fleet, 1).terms["wait_s"] == pytest.approx(3)
+    n.take(ask(), NOW_S, expected_s=8, service_s=5)  # begins after the second
+    assert candidate(fleet, 1).terms["wait_s"] == pytest.approx(6)
+
+
+def test_an_overdue_request_is_expected_to_take_longer_the_longer_it_took() -> None:
+    waits = []
+    for age_s in (8, 10, 40):
+        fleet = Fleet()
+        n = node(fleet, 1, resident={"m": resident()})
+        n.take(ask(), NOW_S - age_s, expected_s=10, service_s=10)
+        waits.append(candidate(fleet, 1).terms["wait_s"])
+    assert waits == pytest.approx([2, 2.5, 10])
+
+
+def test_requests_for_another_resident_model_slow_down_but_are_not_waited_for() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, resident={"m": resident()})
+    alone = candidate(fleet, 1).terms
+    n.take(ask("other"), NOW_S, expected_s=10)
+    beside = candidate(fleet, 1).terms
+    assert beside["wait_s"] == 0
+    assert beside["decode_s"] > alone["decode_s"]
+
+
+def test_a_load_under_way_is_shared() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1)
+    n.take(ask(), NOW_S - 3, expected_s=10, load=True, service_s=2)
+    found = candidate(fleet, 1)
+    assert found.notes == ("shares a load under way",)
+    assert found.terms["load_s"] == pytest.approx(5)
+    assert found.terms["wait_s"] == pytest.approx(2)
+
+
+def test_a_load_with_other_options_is_not_shared() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1)
+    n.take(ask(num_ctx=8192), NOW_S - 3, expected_s=10, load=True, service_s=2)
+    found = candidate(fleet, 1)
+    assert "shares a load under way" not in found.notes
+
+
+def test_loads_on_one_node_are_serial() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, report=report(gpu_gib=22), models={"m": row(), "other": row()})
+    n.take(ask("other"), NOW_S, expected_s=7, load=True, service_s=2)
+    found = candidate(fleet, 1)
+    assert found.terms["wait_s"] == pytest.approx(5)
+    assert found.terms["load_s"] > 0
+
+
+def test_a_reload_waits_for_the_runner_to_be_idle() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, parallel=4, resident={"m": resident()})
+    n.take(ask(), NOW_S, expected_s=9, service_s=9)
+    assert candidate(fleet, 1).terms["wait_s"] == 0
+    assert candidate(fleet, 1, ask(num_ctx=8192)).terms["wait_s"] == pytest.approx(9)
+
+
+def test_what_must_be_evicted_has_a_price_and_idle_models_go_first() -> None:
+    fleet = Fleet()
+    n = node(
+        fleet,
+        1,
+        report=report(gpu_gib=20, free_gib=2),
+        models={key: row() for key in ("m", "a", "b")},
+        resident={"a": resident(8), "b": resident(9)},
+    )
+    n.take(ask("a"), NOW_S, expected_s=30)
+    found = candidate(fleet, 1)
+    assert "evicts 1" in found.notes
+    assert found.terms["wait_s"] == 0
+    assert found.terms["evict_s"] == pytest.approx(0.5 * 9 * (1 << 30) / 1e9)
+
+
+def test_offload_to_the_cpu_slows_down() -> None:
+    fleet = Fleet()
+    node(fleet, 1, resident={"m": resident(on_gpu=1)})
+    node(fleet, 2, resident={"m": resident(on_gpu=0.5)})
+    node(fleet, 3, report=report(gpu_gib=4))
+    on_gpu, half, predicted = (candidate(fleet, number) for number in (1, 2, 3))
+    assert half.terms["decode_s"] > 2 * on_gpu.terms["decode_s"]
+    assert half.notes == ("resident", "CPU offload 50%")
+    assert predicted.notes[-1].startswith("CPU offload")
+
+
+def test_failures_cost_time_and_are_forgotten() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    for number in (1, 2):
+        node(fleet, number, resident={"m": resident()})
+    for _ in range(5):
+        speeds.observe_failure(name(1), 0.001, NOW_S)
+    assert decide(ask(), fleet, speeds, NOW_S).node == name(2)
+    fresh = candidate(fleet, 1, speeds=speeds).terms["failure_s"]
+    later = decide(ask(), fleet, speeds, NOW_S + 7200)
+    assert next(c for c in later.candidates if c.node == name(1)).terms["failure_s"] < fresh / 5
+
+
+def test_equal_nodes_take_turns() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    for number in (1, 2, 3):
+        node(fleet, number, resident={"m": resident()})
+    order = []
+    for _ in range(6):
+        chosen = decide(ask(), fleet, speeds, NOW_S).node
+        assert chosen is not None
+        fleet.nodes[chosen].take(ask(), NOW_S, 1.0).drop()
+        order.append(chosen)
+    assert order[:3] == order[3:] and len(set(order)) == 3
+
+
+def test_an_embedding_and_a_load_have_nothing_to_decode() -> None:
+    fleet = Fleet()
+    node(fleet, 1)
+    assert candidate(fleet, 1, ask(path="/api/embed")).terms["decode_s"] == 0
+    load = candidate(fleet, 1, ask(load_only=True))
+    assert load.terms["prefill_s"] == load.terms["decode_s"] == 0 < load.terms["load_s"]
+
+
+FLIGHT = st.tuples(st.floats(0, 20), st.floats(0.1, 20), st.floats(0.05, 1))
+
+
+@given(flights=st.lists(FLIGHT, max_size=6), parallel=st.integers(1, 4), is_resident=st.booleans())
+def test_more_in_flight_never_makes_a_node_cheaper(
+    flights: list[tuple[float, float, float]], parallel: int, is_resident: bool
+) -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, parallel=parallel, resident={"m": resident()} if is_resident else {})
+    key = "m" if is_resident else "other"
+    cost = candidate(fleet, 1).cost
+    for age_s, expected_s, share in flights:
+        n.take(ask(key), NOW_S - age_s, expected_s, service_s=expected_s * share)
+        more = candidate(fleet, 1).cost
+        assert more >= cost - 1e-9
+        cost = more
+
+
+MACHINE = st.builds(
+    report,
+    gpu_gib=st.sampled_from((0, 4, 8, 24)),
+    bandwidth=st.sampled_from((None, 200e9, 500e9, 1000e9)),
+    ram_gib=st.sampled_from((4, 64)),
+)
+
+
+@given(machine=MACHINE, others=st.lists(MACHINE, max_size=3))
+def test_a_node_that_is_better_in_everything_is_never_beaten(machine: Report, others: list[Report]) -> None:
+    fleet = Fleet()
+    for number, other in enumerate([machine, *others]):
+        n = node(fleet, number, report=other)
+        n.take(ask(), NOW_S, 3.0, load=True, service_s=1.0)
+    node(
+        fleet,
+        9,
+        report=report(gpu_gib=48, bandwidth=2000e9),
+        resident={"m": resident(on_gpu=1, context=262144)},
+    )
+    assert decide(ask(), fleet, Speeds(), NOW_S).node == name(9)
+
+
+@given(
+    nodes=st.lists(
+        st.tuples(MACHINE, st.booleans(), st.lists(FLIGHT, max_size=3), st.floats(5, 200)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_leaving_out_who_cannot_win_never_changes_the_choice(
+    nodes: list[tuple[Report, bool, list[tuple[float, float, float]], float]],
+) -> None:
+    fleet, speeds = Fleet(), Speeds()
+    for number, (machine, is_resident, flights, tok_s) in enumerate(nodes):
+        n = node(fleet, number, report=machine, resident={"m": resident()} if is_resident else {})
+        speeds.observe(n, ask(), FinalStats(200, 100, 0.0, 2 / tok_s, 100 / tok_s), 0.1, 9.0, 1, NOW_S)
+        for age_s, expected_s, share in flights:
+            n.take(ask(), NOW_S - age_s, expected_s, service_s=expected_s * share)
+    whole = decide(ask(), fleet, speeds, NOW_S)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "WHOLE", 0)
+        assert decide(ask(), fleet, speeds, NOW_S).node == whole.node
