@@ -40,7 +40,9 @@ __all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "load"]
 OLLAMA_PORT = 11434
 PREFIX = "SOLLOL_"
 #: Variables of the other parts (and of the command line), which share the prefix.
-FOREIGN = re.compile(r"SOLLOL_(AGENT_(?!TOKEN$)|SHARD_|DEMO_|BENCH_|TEST_|URL$|CONFIG$)")
+FOREIGN = re.compile(
+    r"SOLLOL_(AGENT_(?!TOKEN$)|(SHARD|LLAMA|NVML|DEMO|BENCH|TEST)_|(PROXY_ARGS|URL|CONFIG)$)"
+)
 FLAGS = {"--listen": "listen", "--nodes": "nodes", "--mode": "modes", "--state-dir": "state_dir"}
 MODES = ("regular", "socks5", "transparent", "reverse")  #: those in which the guard knows what is asked
 

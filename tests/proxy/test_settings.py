@@ -88,7 +88,13 @@ def test_later_sources_win_key_by_key() -> None:
 
 
 def test_variables_of_the_other_parts_are_left_alone() -> None:
-    env = {"SOLLOL_URL": "x", "SOLLOL_AGENT_LISTEN": "x", "SOLLOL_SHARD_X": "1", "SOLLOL_AGENT_TOKEN": "s3"}
+    env = {
+        "SOLLOL_URL": "x",
+        "SOLLOL_AGENT_LISTEN": "x",
+        "SOLLOL_PROXY_ARGS": "",
+        "SOLLOL_AGENT_TOKEN_X": "",
+        "SOLLOL_AGENT_TOKEN": "s3",
+    }
     token = read(env=env).agent_token
     assert token is not None
     assert token.get_secret_value() == "s3"
