@@ -201,6 +201,9 @@ class Generation:
                 else:
                     due = done + 1 + int(late_s / step_s)
                     deadline += (due - done - 1) * step_s
+            if not scheduler.tokens_go_on.is_set():
+                await scheduler.tokens_go_on.wait()
+                deadline = loop.time()
             batch = pieces[done:due]
             done, spent_s = done + len(batch), spent_s + len(batch) * token_s
             stats.eval_count, stats.eval_ns = done, self._reported_ns(spent_s)

@@ -16,6 +16,8 @@ for (keep_alive) is not scaled. The prefill and decode durations that a node rep
 so learned speeds are exact; total and load durations are measured. The machine's sizes and speeds are the
 fields of :class:`~tests.fakes.machine.NodeSpec`, given here by keyword.
 
+To look at a moment without racing it: ``hold_loads()``, ``hold_tokens()``, then ``go_on()``.
+
 Whole-node failures: ``refuse()`` (listener closed), ``accept_again()``, ``black_hole()`` (accepts, never
 answers), ``slow_accept(seconds)``, ``freeze()`` and ``thaw()`` (as SIGSTOP and SIGCONT), ``kill()`` (all
 connections reset, nothing listens), ``restart()`` (the same port, nothing loaded).
@@ -202,6 +204,21 @@ class FakeOllama:
     async def wait_until(self, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Return once ``holds()``, looked at whenever requests or loads begin or end; raises TimeoutError."""
         await self.server.notice.until(holds, timeout_s)
+
+    # moments to hold, so that a test need not race the node
+
+    def hold_loads(self) -> None:
+        """Let no load end until :meth:`go_on`."""
+        self.scheduler.loads_go_on.clear()
+
+    def hold_tokens(self) -> None:
+        """Let no token be generated until :meth:`go_on`; ``ps`` and all else is answered."""
+        self.scheduler.tokens_go_on.clear()
+
+    def go_on(self) -> None:
+        """End :meth:`hold_loads` and :meth:`hold_tokens`."""
+        self.scheduler.loads_go_on.set()
+        self.scheduler.tokens_go_on.set()
 
     # failures
 

@@ -59,6 +59,10 @@ class Scheduler:
         self.load_errors: deque[str] = deque()
         self.loads: list[str] = []
         self.unloads: list[str] = []
+        self.loads_go_on = asyncio.Event()
+        self.loads_go_on.set()
+        self.tokens_go_on = asyncio.Event()
+        self.tokens_go_on.set()
         self._notice = notice
         self._queue: deque[_Ask] = deque()
         self._wake = asyncio.Event()
@@ -262,6 +266,7 @@ class Scheduler:
             size = model.size + model.kv_bytes(ask.options["num_ctx"], parallel) + COMPUTE_BYTES
             vram = self._on_gpu(model, size, ask.options.get("num_gpu"))
             await self.sleep(model.size / self.spec.load_bytes_s)
+            await self.loads_go_on.wait()
             if self.load_errors:
                 raise LoadFailed(self.load_errors.popleft())
             if size - vram > self.ram_free:

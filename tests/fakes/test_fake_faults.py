@@ -213,9 +213,11 @@ async def test_slow_accept_answers_in_the_end(ollama_node: NodeFactory) -> None:
 
 async def test_freeze_and_thaw_mid_stream(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
+    node.hold_tokens()
     asked = asyncio.create_task(ask(node.host_port, GENERATE))
     await node.wait_until(lambda: bool(node.scheduler.runners))
     node.freeze()
+    node.go_on()
     other = asyncio.create_task(ask(node.host_port, request_bytes("/api/ps")))
     await node.wait_received(1, path="/api/ps")
     assert not other.done()

@@ -31,9 +31,11 @@ async def resident(node: FakeOllama) -> dict[str, dict[str, Any]]:
 
 async def test_a_loading_model_is_not_listed_and_waiters_share_its_load(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
+    node.hold_loads()
     asked = [asyncio.ensure_future(generate(node, "llama3.2")) for _ in range(3)]
     await node.wait_until(lambda: node.scheduler.loading is not None)
     assert await resident(node) == {}
+    node.go_on()
     assert [(await a).status for a in asked] == [200] * 3
     assert node.scheduler.loads == ["llama3.2"] and set(await resident(node)) == {"llama3.2"}
 
@@ -41,6 +43,7 @@ async def test_a_loading_model_is_not_listed_and_waiters_share_its_load(ollama_n
 async def test_only_the_load_channel_is_bounded(ollama_node: NodeFactory) -> None:
     node = await ollama_node(SMALL, max_queue=2, vram_bytes=64 * GIB, default_num_ctx=4096)
     assert (await generate(node, "a")).status == 200
+    node.hold_loads()
     loading = asyncio.ensure_future(generate(node, "b"))
     await node.wait_until(lambda: node.scheduler.loading is not None)
     queued = [asyncio.ensure_future(generate(node, "c")) for _ in range(2)]
@@ -49,19 +52,22 @@ async def test_only_the_load_channel_is_bounded(ollama_node: NodeFactory) -> Non
     assert (full.status, full.json) == (503, {"error": TEXTS["busy"][1]})
     for_the_loaded = await asyncio.gather(*(generate(node, "a") for _ in range(5)))
     assert [answer.status for answer in for_the_loaded] == [200] * 5
+    node.go_on()
     assert [(await asked).status for asked in (loading, *queued)] == [200] * 3
     assert node.scheduler.loads == ["a", "b", "c"]
 
 
 async def test_a_load_waits_for_its_victims_work_and_blocks_those_behind(ollama_node: NodeFactory) -> None:
     node = await ollama_node(SMALL, max_loaded_models=1)
-    busy = asyncio.ensure_future(generate(node, "a", "[[n:20]]"))
+    node.hold_tokens()
+    busy = asyncio.ensure_future(generate(node, "a"))
     await node.wait_until(lambda: bool(node.scheduler.runners))
     second = asyncio.ensure_future(generate(node, "b"))
     await node.wait_until(lambda: node.scheduler.runners[SMALL[0].blob].evicting)
     third = asyncio.ensure_future(generate(node, "c"))
     await node.wait_until(lambda: node.scheduler.queued == 1)
     assert not busy.done() and node.scheduler.loads == ["a"]
+    node.go_on()
     await asyncio.gather(busy, second, third)
     assert node.scheduler.loads == ["a", "b", "c"] and node.scheduler.unloads == ["a", "b"]
 
@@ -180,10 +186,12 @@ async def test_keep_alive_without_a_unit_is_refused(ollama_node: NodeFactory) ->
 
 async def test_slots_limit_what_runs_at_once(ollama_node: NodeFactory) -> None:
     node = await ollama_node(num_parallel=2)
-    asked = [asyncio.ensure_future(generate(node, "llama3.2", "[[n:20]]")) for _ in range(4)]
+    node.hold_tokens()
+    asked = [asyncio.ensure_future(generate(node, "llama3.2")) for _ in range(4)]
     await node.wait_until(lambda: any(len(r.waiting) == 2 for r in node.scheduler.runners.values()))
     runner = next(iter(node.scheduler.runners.values()))
     assert runner.decoding == 2
+    node.go_on()
     assert [(await a).status for a in asked] == [200] * 4
     assert runner.references == runner.decoding == 0 and len(runner.free) == 2
 

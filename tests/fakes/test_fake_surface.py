@@ -138,8 +138,10 @@ async def test_a_left_pull_is_cancelled_and_resumes(ollama_node: NodeFactory) ->
     sent = request_bytes("/api/pull", {"model": "mistral"})
     asked = asyncio.ensure_future(ask(node.host_port, sent))
     await node.wait_until(lambda: bool(node.received) and node.received[0].chunks >= 3)
+    node.pull_bytes_s = 1.0  # what is left would take years
     asked.cancel()
     assert (await node.wait_finished(node.received[0])).outcome == "cancelled"
+    node.pull_bytes_s = 10.0 * GIB
     assert node.store.find("mistral") is None
     bars = [row for row in (await ask(node.host_port, sent)).lines if "total" in row]
     assert bars[0]["completed"] >= GIB // 2
@@ -231,9 +233,11 @@ async def test_keep_alive_connections_and_pipelining(ollama_node: NodeFactory) -
 
 async def test_the_head_goes_out_with_the_first_token(ollama_node: NodeFactory) -> None:
     node = await ollama_node()
+    node.hold_tokens()
     asked = asyncio.ensure_future(ask(node.host_port, request_bytes("/api/chat", CHAT)))
-    await node.wait_until(lambda: node.scheduler.loading is not None)
+    await node.wait_until(lambda: any(runner.decoding for runner in node.scheduler.runners.values()))
     assert node.received[0].head_sent_s is None
+    node.go_on()
     await asked
     assert node.received[0].head_sent_s is not None and node.received[0].model == "llama3.2"
 
