@@ -1,4 +1,4 @@
-"""The response hooks of routed requests: headers that name the node, the tee, the pieces of our own streams."""
+"""The response hooks: headers that name the node, the tee, the pieces of streams made here."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
     client ◄── Answer ◄── (Failover: another node, while nothing was sent) ◄── node
                  └─► Epilogue: learning, journal, metrics
 
-Everything that decides is a pure function elsewhere (``placement/``, ``retry.py``, ``relay.py``, ``access.py``,
-``one_server/catalog.py``); everything that must act on bytes is in ``http_stream.py``.
+Everything that decides is a pure function elsewhere (``placement/``, ``retry.py``, ``relay.py``,
+``access.py``, ``one_server/catalog.py``); everything that must act on bytes is in ``http_stream.py``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Sollol:
             Intake(settings.guard.body_limit_bytes, _now),
             guard,
             Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
-            Understand(),
+            Understand(self.ready),
             one_server,
             Route(self.dispatch, one_server, budget),
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
@@ -136,7 +136,7 @@ class Sollol:
         models = {key for node in up for key in node.models}
         log.info(
             "SOLLOL listens on %s: %d of %d nodes up (%s), %d models",
-            ", ".join(f"{mode}" for mode in (self.settings.listen, *self.settings.modes)),
+            ", ".join(f"{host}:{port}" for host, port, *_ in ctx.master.addons.get("proxyserver").listen_addrs()),
             len(up),
             len(all_nodes),
             names(up),

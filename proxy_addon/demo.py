@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,9 +204,7 @@ async def _set_up(stage: Stage) -> None:
                 "--kind", "shard", "--ollama", f"http://127.0.0.1:{port}",
             )  # fmt: skip
         for port in stage.node_ports:
-            await stage.until(
-                "a node", lambda port=port: _answers(stage, f"http://127.0.0.1:{port}/api/tags")
-            )
+            await stage.until("a node", partial(_answers, stage, f"http://127.0.0.1:{port}/api/tags"))
             progress.advance(step)
 
         step = progress.add_task("starting the proxy", total=1)
@@ -253,7 +252,7 @@ async def _chat(stage: Stage) -> None:
 
 
 async def _ask(stage: Stage, prompt: str, tokens: int, seen: list[dict[str, Any]]) -> None:
-    """Ask once through the ollama client, not streamed; add what came, and the answer's headers, to ``seen``."""
+    """Ask once through the ollama client, not streamed; add the answer and where it came from to ``seen``."""
 
     async def note(response: Any) -> None:
         headers.update(response.headers)
@@ -281,11 +280,11 @@ async def _dozen(stage: Stage) -> None:
     seen: list[dict[str, Any]] = []
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(CONCURRENT)]
     await asyncio.gather(*(_ask(stage, prompt, 24, seen) for prompt in prompts))
-    table = Table("request", "prompt", "node", "tokens", "reason")
+    table = Table("request", "node", "why there")
     for item in seen:
         entry = await stage.get(f"{stage.url}/sollol/explain/{item['id']}")
-        reason = entry["decisions"][-1]["reason"]
-        table.add_row(item["id"], item["prompt"][:24] + "…", item["node"], str(item["tokens"]), reason)
+        reason = entry["decisions"][-1]["reason"].removeprefix(f"{item['node']} ")
+        table.add_row(item["id"], item["node"], reason)
     stage.console.print(table)
     nodes = {item["node"] for item in seen}
     stage.holds(

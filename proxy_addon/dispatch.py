@@ -1,7 +1,7 @@
 """Give a request to a node: decide, count it in flight there, point the flow at it.
 
-The only place that changes where a flow goes. ``route.py`` calls it for a new request, ``failover.py`` for one
-whose node failed; both end either with the flow placed or with the answer that the client must get.
+``route.py`` calls it for a new request, ``failover.py`` for one whose node failed; both end either with the
+flow placed or with the answer that the client must get.
 """
 
 from __future__ import annotations

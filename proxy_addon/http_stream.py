@@ -40,8 +40,8 @@ from mitmproxy.proxy.layers.http import (
     ResponseHeaders,
     ResponseProtocolError,
     SendHttp,
+    _http1,
 )
-from mitmproxy.proxy.layers.http import _http1
 from mitmproxy.proxy.layers.http._base import HttpCommand
 
 from proxy_addon import errors, record, relay
@@ -170,6 +170,7 @@ class FleetStream(HttpStream):
 
     def _serve(self, stream: record.Stream) -> Commands:
         """Send an answer that comes piece by piece from ``stream``."""
+        rec = record.of(self.flow)
         self.flow.response = stream.head
         stream.head.timestamp_start = time()
         self.server_state = self.state_done
@@ -177,7 +178,7 @@ class FleetStream(HttpStream):
         while True:
             chunk = NextChunk(self.flow)
             yield SollolNextChunkHook(chunk)
-            if self._client_left():
+            if rec is not None and rec.left:
                 self.flow.error = mitm_flow.Error("client disconnected")
                 yield HttpErrorHook(self.flow)
                 self.client_state = self.state_errored
@@ -369,7 +370,7 @@ class FleetLayer(HttpLayer):
         """As the parent; also carries out :class:`_ForgetUpstream`."""
         for command in super().event_to_child(child, event):
             if isinstance(command, _ForgetUpstream):
-                # Its HTTP/1 state machine must go first: a late ConnectionClosed would hit the retried stream.
+                # Its state machine must go first: a late ConnectionClosed would hit the retried stream.
                 if self.connections.pop(command.connection, None) and command.connection.connected:
                     yield commands.CloseConnection(command.connection)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from mitmproxy import http
@@ -30,11 +31,15 @@ class Intake:
 class Understand:
     """Reads what is asked, once the guard has let it in and the whole body is here."""
 
-    def request(self, flow: http.HTTPFlow) -> None:
+    def __init__(self, ready: asyncio.Event) -> None:
+        self.ready = ready  #: every node was looked at once; before that nothing is known of any model
+
+    async def request(self, flow: http.HTTPFlow) -> None:
         """Parse the ask; answer what is not understood in the protocol that was spoken."""
         rec = record.of(flow)
         if rec is None or flow.response is not None:
             return
+        await self.ready.wait()
         endpoint = rec.endpoint
         if endpoint is None:
             flow.response = errors.plain(404, "404 page not found")

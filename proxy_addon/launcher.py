@@ -89,5 +89,6 @@ def _loop() -> asyncio.AbstractEventLoop:
         kwargs.pop("eager_start", None)
         return make_eager(loop_, coro, **kwargs)
 
-    asyncio.eager_task_factory = factory  # mitmproxy installs it by this name in Master.run
+    # Master.run installs the factory by this name, so it must be ours by then.
+    asyncio.eager_task_factory = factory  # type: ignore[assignment]
     return loop

@@ -67,7 +67,7 @@ def _wrap(hook: Callable[..., Any], name: str, on_error: Callable[[str], None]) 
                 await hook(subject)
             except asyncio.CancelledError:
                 raise
-            except Exception:  # the outermost boundary of a hook
+            except Exception:  # noqa: BLE001 - the outermost boundary of a hook
                 failed(subject)
 
         return protected_async
@@ -76,7 +76,7 @@ def _wrap(hook: Callable[..., Any], name: str, on_error: Callable[[str], None]) 
     def protected(subject: Any) -> None:
         try:
             hook(subject)
-        except Exception:  # the outermost boundary of a hook
+        except Exception:  # noqa: BLE001 - the outermost boundary of a hook
             failed(subject)
 
     return protected

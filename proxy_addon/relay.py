@@ -17,7 +17,7 @@ import orjson
 from mitmproxy import http
 
 from proxy_addon import errors, record
-from proxy_addon.endpoints import Endpoint, Handling
+from proxy_addon.endpoints import Handling
 from proxy_addon.record import FinalStats
 
 #: A whole answer larger than this is let through before its end; so is a first or partial line.
@@ -128,7 +128,7 @@ class Tee:
         return data
 
     def _whole_lines(self, data: bytes, separator: bytes) -> bytes:
-        """What of ``data`` may go out: up to its last separator, or all of it if a line is too long to hold."""
+        """What of ``data`` may go out: up to its last separator; all of it if a line is too long to hold."""
         found = data.rfind(separator)
         cut = found + len(separator) if found >= 0 else 0
         if len(data) - cut > HOLD_LINE_BYTES:

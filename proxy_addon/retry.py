@@ -76,9 +76,9 @@ def classify(phase: str, status: int | None, text: str, endpoint: Endpoint) -> M
     if phase in ("reset", "empty"):
         return Meaning.DIED
     for row in TABLE:
-        if row.status in (None, status) and (not row.paths or endpoint.path in row.paths):
-            if row.text.search(text):
-                return row.meaning
+        here = row.status in (None, status) and (not row.paths or endpoint.path in row.paths)
+        if here and row.text.search(text):
+            return row.meaning
     return Meaning.ANSWER
 
 

@@ -156,7 +156,7 @@ class OneServer:
         flow.response = answer.response()
 
     async def _delete(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
-        nodes = upstream.up(self._fleet, _now_s())
+        nodes = fan_out.to_delete(self._fleet, ask.key, _now_s())
         answer = await fan_out.delete(self._caller(), nodes, flow.request.path, _body(flow))
         await self._refresh(nodes)
         flow.response = answer.response()

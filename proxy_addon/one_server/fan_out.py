@@ -10,7 +10,7 @@ import logging
 from datetime import datetime
 from typing import Any
 
-from proxy_addon.fleet.node import Fleet, Node
+from proxy_addon.fleet.node import Fleet, Node, names
 from proxy_addon.one_server import catalog, upstream
 from proxy_addon.one_server.upstream import Answer, Caller
 
@@ -23,7 +23,7 @@ _EMPTY: dict[str, dict[str, Any]] = {
 
 
 async def delete(caller: Caller, nodes: list[Node], path: str, body: bytes) -> Answer:
-    """Delete a model on all ``nodes``, whatever the inventory says: 200 if any had it, 404 if none had."""
+    """Delete a model on all ``nodes``: 200 if any had it, 404 if none had."""
     return _one_of(await caller.ask_all(nodes, "DELETE", path, body), "delete")
 
 
@@ -35,6 +35,21 @@ async def copy(caller: Caller, holders: list[Node], path: str, body: bytes) -> A
 async def unload(caller: Caller, nodes: list[Node], path: str, body: bytes) -> Answer:
     """Unload a model on all ``nodes``; Ollama answers 200 also where it was not loaded."""
     return _one_of(await caller.ask_all(nodes, "POST", path, body), "unload")
+
+
+def to_delete(fleet: Fleet, key: str, now_s: float) -> list[Node]:
+    """Who must delete ``key``: every Ollama, whatever the inventory says, and what else lists it.
+
+    A node that is down keeps it, and brings it back into the fleet with it: that is logged.
+
+    Raises:
+        BadRequest: 503 if no node is up.
+    """
+    up = upstream.up(fleet, now_s)
+    if missed := [node for node in fleet if key in node.models and node not in up]:
+        logger.warning("delete of %s does not reach %s, which will still have it", key, names(missed))
+    able = upstream.storing(up)
+    return [node for node in up if node in able or key in node.models]
 
 
 def to_unload(fleet: Fleet, model: str, key: str, now_s: float) -> list[Node]:
