@@ -28,7 +28,7 @@ def delta(finish: str | None = None, **given: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_survive_any_cut_of_the_bytes(size: int) -> None:
-    raw = sse({"a": "ä"}) + b": ping\n\n" + sse({"b": 2}).replace(b"\n", b"\r\n") + b"data: [DONE]\n\n"
+    raw = sse({"a": "ä"}) + b": ping\n\n" + (sse({"b": 2}) + b"data: [DONE]\n\n").replace(b"\n", b"\r\n")
     reader = SseReader()
     seen = [event for at in range(0, len(raw), size) for event in reader.feed(raw[at : at + size])]
     assert seen == [{"a": "ä"}, {"b": 2}]
