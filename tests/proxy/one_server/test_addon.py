@@ -189,6 +189,27 @@ async def test_unload_reaches_every_node_that_holds_the_model(
     assert not other.requests(path)
 
 
+async def test_unload_reaches_a_model_that_no_poll_has_seen_resident(ollama_node: NodeFactory) -> None:
+    a = await ollama_node()
+    async with house(a) as fleet:
+        await resident_on(fleet, a)
+        fleet.node(a).resident.clear()
+        flow, rec = fleet.flow("POST", "/api/generate", {"model": "llama3.2", "keep_alive": "0s"})
+        await fleet.run(flow, rec)
+        await fleet.server.unload(flow)
+    assert flow.response and flow.response.status_code == 200 and not a.scheduler.runners
+
+
+async def test_unload_of_a_model_whose_only_node_is_down(ollama_node: NodeFactory) -> None:
+    a, b = await ollama_node(), await ollama_node([])
+    async with house(a, b) as fleet:
+        fleet.down(a)
+        flow, rec = fleet.flow("POST", "/api/generate", {"model": "llama3.2", "keep_alive": 0})
+        await fleet.run(flow, rec)
+        await fleet.server.unload(flow)
+    assert flow.response and flow.response.status_code == 503 and not b.requests("/api/generate")
+
+
 async def test_unloading_an_unknown_model_is_a_404(ollama_node: NodeFactory) -> None:
     async with house(await ollama_node()) as fleet:
         flow, rec = fleet.flow("POST", "/api/generate", {"model": "x", "keep_alive": 0})
@@ -218,6 +239,18 @@ async def test_delete_is_done_if_one_node_did_it(ollama_node: NodeFactory) -> No
         a.fail(reply(500, "disk trouble", path="/api/delete"))
         answer = await fleet.ask("DELETE", "/api/delete", {"model": "gemma3"})
         assert (answer.status_code, said(answer)) == (500, {"error": "disk trouble"})
+
+
+async def test_delete_says_whom_it_did_not_reach_and_leaves_coordinators_alone(
+    ollama_node: NodeFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, lost, shard = await ollama_node([OLD]), await ollama_node([OLD]), await ollama_node(["llama3.2"])
+    async with house(a, lost, shard) as fleet:
+        fleet.down(lost)
+        fleet.node(shard).kind = "shard"
+        assert (await fleet.ask("DELETE", "/api/delete", {"model": "gemma3"})).status_code == 200
+        assert f"does not reach {lost.host_port}, which will still have it" in caplog.text
+    assert not shard.requests("/api/delete") and lost.store.find("gemma3")
 
 
 async def test_copy_happens_on_every_node_that_has_the_source(ollama_node: NodeFactory) -> None:
