@@ -126,7 +126,7 @@ def main() -> None:
             fresh = []
             for turn in range(20):
                 for node in found:
-                    node.report = report(rng)
+                    node.report = node.report and node.report.model_copy()
                 fresh += timed(partial(decide, ask(turn), found, speeds, NOW_S + 2 + turn * 2), 1)
             show(f"finish_time, {nodes} nodes, {load}, fresh reports", fresh, None)
     if "--profile" in sys.argv:

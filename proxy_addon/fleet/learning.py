@@ -2,8 +2,9 @@
 
 A speed is looked for in this order: measured for this model on this node; the hardware's promise
 (hardware.py) times how far this node's other models were above or below theirs; the promise times the best
-such correction in the fleet. The last makes a machine that nobody has measured look as good as the best of
-its kind, so that it is tried once and then judged by its own work (optimism in the face of uncertainty).
+such correction in the fleet and ``OPTIMISM``. The last makes a machine that nobody has measured look better
+than the best of its kind, so that it is tried once and then judged by its own work (optimism in the face of
+uncertainty, as in UCB).
 
 Speeds are means of logarithms with forgetting: a node that is three times slower for once moves its estimate
 as far as one that is three times faster. Measured decode speeds are brought to the standard of "alone, wholly
@@ -22,7 +23,7 @@ from agent.report import Report
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.hardware import Hardware
-from proxy_addon.fleet.measured import GAIN, PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
+from proxy_addon.fleet.measured import PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
 from proxy_addon.placement.memory import Room, room_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from proxy_addon.fleet.node import Node
     from proxy_addon.record import FinalStats
 
+OPTIMISM = 1.5  #: enough to outweigh noise and a small difference in failures, too little to outweigh a load
 PREFILL_GAIN_UP = 0.05  #: see :meth:`Speeds._prefill`
 OUTPUT_TOKENS = 256.0  #: of a model that nobody has asked yet
 OUTPUT_GAIN = 0.05
@@ -224,7 +226,7 @@ class Speeds:
         if stats.output_tokens is not None and not ask.load_only and ask.task is not Task.EMBED:
             model.output_tokens.setdefault(ask.task, Mean()).add(stats.output_tokens, OUTPUT_GAIN)
         if stats.prompt_tokens and ask.prompt_tokens >= MIN_PREFILL_TOKENS and not ask.images:
-            model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0), OUTPUT_GAIN)
+            model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0))
 
     def _prefill(
         self,
@@ -244,11 +246,8 @@ class Speeds:
         measured_tok_s = stats.prompt_tokens / stats.prefill_s
         if decode_tok_s and measured_tok_s > decode_tok_s * MAX_PREFILL_PER_DECODE:
             return
-        for rate, value in (
-            (here.prefill_tok_s, measured_tok_s),
-            (learned.prefill, measured_tok_s / promised_tok_s),
-        ):
-            rate.add(value, PREFILL_GAIN_UP if value > rate.value else GAIN)
+        here.prefill_tok_s.add_bounded(measured_tok_s, PREFILL_GAIN_UP)
+        learned.prefill.add_bounded(measured_tok_s / promised_tok_s, PREFILL_GAIN_UP)
 
     def _forget_estimates(self, name: str, known: bool) -> None:
         if self._compare(known):
@@ -279,7 +278,7 @@ def _best(nodes: Iterable[OfNode]) -> tuple[float, float]:
             prefill.append(node.prefill.value)
         if node.decode.n:
             decode.append(node.decode.value)
-    return max(prefill, default=1.0), max(decode, default=1.0)
+    return OPTIMISM * max(prefill) if prefill else 1.0, OPTIMISM * max(decode) if decode else 1.0
 
 
 def _decode_tok_s(ask: Ask, stats: FinalStats, first_byte_s: float, total_s: float) -> float | None:

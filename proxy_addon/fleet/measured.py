@@ -39,10 +39,20 @@ class Rate:
         """The mean; None before the first measurement."""
         return math.exp(self.log) if self.n else None
 
-    def add(self, value: float, gain: float = GAIN) -> None:
+    def add(self, value: float) -> None:
         """Take in one measurement, which must be positive."""
+        self._add(value, max(1 / (self.n + 1), GAIN))
+
+    def add_bounded(self, value: float, gain_up: float) -> None:
+        """Take in one measurement that is true or too high: a higher one than the mean counts ``gain_up``."""
+        if self.n and math.log(value) > self.log:
+            self._add(value, gain_up)
+        else:
+            self.add(value)
+
+    def _add(self, value: float, gain: float) -> None:
         self.n += 1
-        self.log += (math.log(value) - self.log) * max(1 / self.n, gain)
+        self.log += (math.log(value) - self.log) * gain
 
 
 @dataclass(slots=True)

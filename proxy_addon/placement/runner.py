@@ -142,10 +142,13 @@ def loading(node: Node, room: Room | None) -> list[Flight]:
 
 
 def _shared_load(node: Node, ask: Ask, row: Model, room: Room | None) -> Flight | None:
-    for flight in loading(node, room):
-        if flight.ask.key == ask.key and _same_runner(flight.ask.reload_key, ask.reload_key, row, room):
-            return flight
-    return None
+    sharing = [
+        flight
+        for flight in loading(node, room)
+        if flight.ask.key == ask.key and _same_runner(flight.ask.reload_key, ask.reload_key, row, room)
+    ]
+    # The first of them began the load; what the others expect has their queue in it.
+    return min(sharing, key=lambda flight: flight.started_s, default=None)
 
 
 def _loaded(node: Node, ask: Ask, room: Room | None) -> bool:

@@ -1,0 +1,220 @@
+"""What is learned from answers, what it says of other models and nodes, and that it outlives a restart."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy_addon.ask import Ask
+from proxy_addon.fleet.learning import Estimate, Speeds
+from proxy_addon.fleet.node import Fleet, Node
+from proxy_addon.record import FinalStats
+from tests.proxy.placement.worlds import GIB, NOW_S, ask, name, node, report, resident, row
+
+PROMISED_DECODE = 0.55 * 500e9 / (4 * GIB)
+PROMISED_PREFILL = PROMISED_DECODE * 30
+
+
+def estimate(speeds: Speeds, n: Node, key: str = "m") -> Estimate:
+    return speeds.estimate(n.name, speeds.machine(n.name, n.report), key, n.models[key].size)
+
+
+def answer(
+    tok_s: float = 50.0,
+    prefill_tok_s: float = 1000.0,
+    tokens: int = 100,
+    prompt: int = 200,
+    load_s: float = 0.0,
+) -> FinalStats:
+    return FinalStats(prompt, tokens, load_s, prompt / prefill_tok_s, tokens / tok_s)
+
+
+def observe(
+    speeds: Speeds, n: Node, stats: FinalStats, asked: Ask | None = None, concurrency: int = 1
+) -> None:
+    speeds.observe(n, asked or ask(), stats, 0.5, 5.0, concurrency, NOW_S)
+
+
+def test_before_anything_was_measured_the_hardware_promises() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    gpu, unknown, cpu = node(fleet, 1), node(fleet, 2, report=None), node(fleet, 3, report=report(gpu_gib=0))
+    assert estimate(speeds, gpu).decode_tok_s == pytest.approx(PROMISED_DECODE)
+    assert estimate(speeds, gpu).prefill_tok_s == pytest.approx(PROMISED_PREFILL)
+    rates = [estimate(speeds, n).decode_tok_s for n in (cpu, unknown, gpu)]
+    assert rates == sorted(rates)
+
+
+def test_a_measured_speed_replaces_the_promise() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    estimate(speeds, n)
+    observe(speeds, n, answer(tok_s=20, prefill_tok_s=300, load_s=8.0))
+    found = estimate(speeds, n)
+    assert (found.decode_tok_s, found.prefill_tok_s) == pytest.approx((20, 300))
+    assert found.load_s == pytest.approx(8)
+
+
+def test_what_one_model_taught_serves_the_nodes_other_models() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(4), "big": row(8)})
+    observe(speeds, n, answer(tok_s=PROMISED_DECODE / 2, load_s=4.0))
+    found = estimate(speeds, n, "big")
+    assert found.decode_tok_s == pytest.approx(PROMISED_DECODE / 4)
+    assert found.load_s == pytest.approx(8)
+
+
+def test_an_unmeasured_node_counts_as_better_than_the_best_of_its_kind() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    first, second = node(fleet, 1), node(fleet, 2)
+    with_agent, without = node(fleet, 3), node(fleet, 4, report=None)
+    neutral = estimate(speeds, without)
+    observe(speeds, first, answer(tok_s=2 * PROMISED_DECODE))
+    observe(speeds, second, answer(tok_s=PROMISED_DECODE / 2))
+    assert estimate(speeds, with_agent).decode_tok_s == pytest.approx(1.5 * 2 * PROMISED_DECODE)
+    assert estimate(speeds, without) == neutral
+
+
+def test_a_new_agent_replaces_the_neutral_guess() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, report=None)
+    before = estimate(speeds, n)
+    n.report = report()
+    assert estimate(speeds, n).decode_tok_s != before.decode_tok_s
+    n.report = n.report.model_copy()
+    assert estimate(speeds, n) is estimate(speeds, n)
+
+
+def test_decoding_beside_others_is_brought_to_what_it_is_alone() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, parallel=3)
+    observe(speeds, n, answer(tok_s=40), concurrency=3)
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(60)
+
+
+def test_decoding_with_offload_is_brought_to_what_it_is_without() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, resident={"m": resident(on_gpu=0.5)})
+    observe(speeds, n, answer(tok_s=10))
+    slowdown = 0.5 + 0.5 * 500 / 40
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(10 * slowdown)
+
+
+def test_prompts_from_the_prefix_cache_hardly_move_the_prefill_speed() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    observe(speeds, n, answer(prefill_tok_s=1000))
+    for _ in range(5):
+        observe(speeds, n, answer(prefill_tok_s=5000))
+    assert 1000 < estimate(speeds, n).prefill_tok_s < 2000
+    for _ in range(5):
+        observe(speeds, n, answer(prefill_tok_s=1000))
+    assert estimate(speeds, n).prefill_tok_s < 1200
+
+
+def test_an_impossible_prefill_speed_is_no_measurement() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    observe(speeds, n, answer(tok_s=50, prefill_tok_s=1_000_000))
+    assert estimate(speeds, n).prefill_tok_s == pytest.approx(PROMISED_PREFILL)
+
+
+@pytest.mark.parametrize(("load_s", "concurrency"), [(0.05, 1), (8.0, 2), (None, 1)])
+def test_what_was_no_load_or_waited_for_others_teaches_no_load_speed(
+    load_s: float | None, concurrency: int
+) -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    before = estimate(speeds, n).load_s
+    stats = answer()
+    stats.load_s = load_s
+    observe(speeds, n, stats, concurrency=concurrency)
+    assert estimate(speeds, n).load_s == before
+
+
+def test_protocols_without_durations_teach_the_decode_speed_from_the_stream() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    speeds.observe(n, ask(), FinalStats(200, 91), first_byte_s=1.0, total_s=4.0, concurrency=1, now_s=NOW_S)
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(30)
+
+
+def test_no_statistics_teach_no_speed() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    before = estimate(speeds, n)
+    speeds.observe(n, ask(), None, 1.0, 2.0, 1, NOW_S)
+    speeds.observe(n, ask(), FinalStats(), 1.0, 2.0, 1, NOW_S)
+    assert estimate(speeds, n) == before
+
+
+def test_output_length_is_learned_per_model_and_task_and_capped_by_the_client() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(), "other": row()})
+    assert speeds.output_tokens(ask()) == 256
+    for tokens in (100, 200):
+        observe(speeds, n, answer(tokens=tokens))
+    assert speeds.output_tokens(ask()) == pytest.approx(150)
+    assert speeds.output_tokens(ask(max_tokens=10)) == 10
+    assert speeds.output_tokens(ask("other")) == 256
+    assert speeds.output_tokens(ask(path="/api/embed")) == 0
+
+
+def test_the_estimate_of_prompt_tokens_is_corrected_per_model() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    observe(speeds, n, answer(prompt=300))
+    assert speeds.prompt_tokens(ask(prompt_tokens=1000)) == pytest.approx(1500)
+
+
+def test_failures_raise_the_odds_and_fade() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    calm = speeds.failure_odds(name(1), NOW_S)
+    speeds.observe_failure(name(1), 3.0, NOW_S)
+    shaken = speeds.failure_odds(name(1), NOW_S)
+    assert shaken > 5 * calm
+    assert calm < speeds.failure_odds(name(1), NOW_S + 600) < shaken
+    assert speeds.lost_s(name(1)) == pytest.approx(4)
+    for _ in range(50):
+        observe(speeds, n, answer())
+    assert speeds.failure_odds(name(1), NOW_S) < shaken / 3
+
+
+@given(st.lists(st.tuples(st.floats(1, 500), st.floats(10, 20_000), st.floats(0.1, 60)), max_size=8))
+def test_a_restart_forgets_nothing(seen: list[tuple[float, float, float]]) -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(), "other": row(2)})
+    for tok_s, prefill_tok_s, load_s in seen:
+        observe(speeds, n, answer(tok_s, prefill_tok_s, load_s=load_s))
+        speeds.observe_failure(name(2), load_s, NOW_S)
+    again = Speeds.from_json(speeds.to_json())
+    assert again.to_json() == speeds.to_json()
+    for key in n.models:
+        assert estimate(again, n, key) == estimate(speeds, n, key)
+    assert again.output_tokens(ask()) == speeds.output_tokens(ask())
+    # The clock of a new process starts anywhere.
+    assert again.failure_odds(name(2), 0.0) == pytest.approx(speeds.failure_odds(name(2), NOW_S))
+
+
+def test_saved_speeds_are_loaded_again(tmp_path: Path) -> None:
+    path, speeds = tmp_path / "state" / "speeds.json", Speeds()
+    assert Speeds.load(path).to_json() == speeds.to_json()
+    observe(speeds, node(Fleet(), 1), answer())
+    speeds.save(path)
+    assert Speeds.load(path).to_json() == speeds.to_json()
+    assert [file.name for file in path.parent.iterdir()] == ["speeds.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"version": 2}',
+        b'{"nodes": {"n": {"decode": {"log": "fast", "n": 1}}}}',
+        b'{"nodes": {"n": {"decode": {"log": 1e9, "n": 1}}}}',
+        b'{"nodes": {"n": {"outcomes": {"failures": NaN}}}}',
+    ],
+)
+def test_a_broken_file_is_set_aside_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "speeds.json"
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert Speeds.load(path).to_json() == Speeds().to_json()
+    assert (tmp_path / "speeds.json.broken").read_bytes() == content
+    assert not path.exists()
+    assert "are broken" in caplog.text and "learned anew" in caplog.text

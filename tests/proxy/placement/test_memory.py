@@ -1,0 +1,133 @@
+"""Sizes against shapes of real models, and what goes where on a node."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Fleet
+from proxy_addon.placement.calibration import observe_sizes
+from proxy_addon.placement.memory import GPU_RESERVE_BYTES, fit, kv_bytes, need_bytes, room_of, shape_of
+from proxy_addon.placement.policies import decide
+from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident
+
+MIB = 1 << 20
+LLAMA3_8B: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 32,
+    "llama.embedding_length": 4096,
+    "llama.context_length": 8192,
+    "llama.attention.head_count": 32,
+    "llama.attention.head_count_kv": 8,
+}
+GEMMA3_4B: dict[str, Any] = {
+    "general.architecture": "gemma3",
+    "gemma3.block_count": 34,
+    "gemma3.embedding_length": 2560,
+    "gemma3.context_length": 131_072,
+    "gemma3.attention.head_count": 8,
+    "gemma3.attention.head_count_kv": 4,
+    "gemma3.attention.key_length": 256,
+    "gemma3.attention.value_length": 256,
+    "gemma3.attention.sliding_window": 1024,
+}
+
+
+def test_kv_of_a_model_without_sliding_window() -> None:
+    shape = shape_of(LLAMA3_8B, 5 * GIB)
+    assert shape is not None and shape.context_length == 8192
+    assert kv_bytes(shape, 8192) == GIB  # 128 KiB a token, as published for this model
+    assert kv_bytes(shape, 8192, parallel=4) == 4 * GIB
+    assert need_bytes(shape, 5 * GIB, 8192) == 7 * GIB
+
+
+def test_sliding_windows_keep_most_of_gemma3_small() -> None:
+    shape = shape_of(GEMMA3_4B, 3 * GIB)
+    assert shape is not None
+    per_layer_token = 512 * 4 * 2
+    assert kv_bytes(shape, 131_072) == (5 * 131_072 + 29 * (1024 + 512)) * per_layer_token
+    assert kv_bytes(shape, 1024) == 34 * 1024 * per_layer_token  # never more than the context
+
+
+@pytest.mark.parametrize(
+    "gone", ["llama.block_count", "llama.embedding_length", "llama.attention.head_count"]
+)
+def test_an_incomplete_shape_is_none(gone: str) -> None:
+    assert shape_of({**LLAMA3_8B, gone: None}, GIB) is None
+    assert shape_of({}, GIB) is None
+
+
+def test_null_arrays_are_taken_as_grouped_queries() -> None:
+    shape = shape_of({**LLAMA3_8B, "llama.attention.head_count_kv": None}, GIB)
+    assert shape is not None and shape.head_count_kv == 8
+
+
+def test_without_a_shape_the_rule_is_near_for_models_from_1b_to_70b() -> None:
+    for size_gb, kv_kib in ((4.9, 128), (40, 320)):
+        size = int(size_gb * 1e9)
+        assert need_bytes(None, size, 10_000) - need_bytes(None, size, 0) == pytest.approx(
+            kv_kib * 1024 * 10_000, rel=0.2
+        )
+
+
+def test_what_is_free_suffices() -> None:
+    found = fit(7 * GIB, room_of(report(gpu_gib=8)), {}, "m")
+    assert (found.fits, found.gpu_share, found.evicts) == (True, 1.0, ())
+
+
+def test_the_rest_goes_to_ram_and_too_much_goes_nowhere() -> None:
+    room = room_of(report(gpu_gib=8, ram_gib=16))
+    partly = fit(16 * GIB, room, {}, "m")
+    assert partly.fits
+    assert partly.gpu_share == pytest.approx((8 * GIB - GPU_RESERVE_BYTES) / (16 * GIB))
+    too_much = fit(24 * GIB, room, {}, "m")
+    assert not too_much.fits and too_much.note == "does not fit: needs 24.0 GiB, has 23.6 GiB"
+
+
+def test_unified_memory_is_not_counted_twice() -> None:
+    room = room_of(report(gpu_gib=16, ram_gib=20, vendor="apple"))
+    assert fit(15 * GIB, room, {}, "m").gpu_share == 1
+    assert not fit(18 * GIB, room, {}, "m").fits
+
+
+def test_a_machine_without_accelerator_computes_in_ram() -> None:
+    room = room_of(report(gpu_gib=0, ram_gib=16))
+    assert fit(15 * GIB, room, {}, "m").gpu_share == 1
+    assert not fit(17 * GIB, room, {}, "m").fits
+
+
+def test_an_additional_model_leaves_a_fifth_of_what_is_free() -> None:
+    room = room_of(report(gpu_gib=24, free_gib=10))
+    assert fit(7 * GIB, room, {"a": resident(8)}, "m").evicts == ()
+    assert fit(8 * GIB, room, {"a": resident(8)}, "m").evicts == ("a",)
+    assert fit(8 * GIB, room, {}, "m").evicts == ()
+
+
+def test_idle_models_that_expire_first_go_first_and_no_more_than_needed() -> None:
+    rows = {
+        key: resident(6).model_copy(update={"expires_at": DAY + timedelta(minutes=minutes)})
+        for key, minutes in (("late", 5), ("soon", 1), ("busy", 0))
+    }
+    room = room_of(report(gpu_gib=24, free_gib=5))
+    assert fit(6 * GIB, room, rows, "m", {"busy"}).evicts == ("soon",)
+    assert fit(12 * GIB, room, rows, "m", {"busy"}).evicts == ("soon", "late")
+    assert fit(20 * GIB, room, rows, "m", {"busy"}).evicts == ("soon", "late", "busy")
+
+
+def test_a_reload_gives_back_its_own_memory_first() -> None:
+    room = room_of(report(gpu_gib=8, free_gib=1))
+    assert fit(7 * GIB, room, {"m": resident(6.5)}, "m").evicts == ()
+
+
+def test_observed_sizes_correct_the_estimate_for_other_nodes() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    node(fleet, 1, resident={"m": resident(11)})
+    node(fleet, 2, report=report(gpu_gib=8, ram_gib=2))
+    before = {c.node: c.excluded for c in decide(ask(), fleet, speeds, NOW_S).candidates}
+    observe_sizes(fleet, speeds)
+    after = {c.node: c.excluded for c in decide(ask(), fleet, speeds, NOW_S).candidates}
+    assert before[name(2)] is None
+    assert after[name(2)] == "does not fit: needs 11.0 GiB, has 9.6 GiB"
