@@ -45,13 +45,6 @@ class Decision:
         terms = self.chosen.terms if self.chosen else {}
         return sum(terms.get(name, 0.0) for name in names)
 
-    @property
-    def service_s(self) -> float | None:
-        """The part of :attr:`expected_s` in which the request works in a slot; None if not estimated."""
-        if self.chosen is None or self.policy != "finish_time":
-            return None
-        return self.chosen.terms["prefill_s"] + self.chosen.terms["decode_s"]
-
     def as_dict(self) -> dict[str, Any]:
         """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""
         return {
