@@ -15,13 +15,14 @@
 #include <unistd.h>
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
-       INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9 };
-enum { HANDLES = 4096 };
+       INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, GPU_IS_LOST = 15 };
+enum { HANDLES = 4096, GPUS = 64 };
 
 static int initialised;      /* balanced by nvmlInit and nvmlShutdown */
 static int session;          /* handles of an earlier session are invalid */
 static struct { int gpu, session; } handles[HANDLES];
 static int handle_count;
+static int lost[GPUS];       /* the session in which a GPU was lost */
 
 static int conf(const char *key, char *value, size_t size) {
     const char *path = getenv("SOLLOL_NVML_STUB");
@@ -98,7 +99,9 @@ static int field(void *device, const char *name, char *value, size_t size) {
     if (up()) return up();
     if (((int *)device)[1] != session) return INVALID_ARGUMENT;
     snprintf(key, sizeof key, "%d.error", gpu);
-    if ((error = (int)number(key, 0))) return error;
+    if ((error = (int)number(key, 0)) == GPU_IS_LOST) lost[gpu % GPUS] = session;
+    if (lost[gpu % GPUS] == session) return GPU_IS_LOST; /* for good: only a fresh session finds it again */
+    if (error) return error;
     snprintf(key, sizeof key, "%d.%s", gpu, name);
     if (!conf(key, value, size) || !strcmp(value, "unsupported")) return NOT_SUPPORTED;
     return SUCCESS;
