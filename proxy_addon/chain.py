@@ -90,7 +90,7 @@ class Sollol:
         budget = Budget(
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )
-        one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh)
+        one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh, self.dispatch.send)
         chain: tuple[object, ...] = (
             Layers(),
             Intake(settings.guard.body_limit_bytes, _now),

@@ -86,8 +86,13 @@ class Dispatch:
         """Point ``flow`` at ``node`` and count it in flight there."""
         now_s = self.now()
         if rec.ask is not None and decision is not None and decision.chosen is not None:
-            load = decision.chosen.terms.get("load_s", 0.0) > 0
-            rec.flight = node.take(rec.ask, now_s, decision.expected_s, load)
+            rec.flight = node.take(
+                rec.ask,
+                now_s,
+                decision.expected_s,
+                load=decision.chosen.terms.get("load_s", 0.0) > 0,
+                service_s=decision.service_s,
+            )
             node.loaded_with[rec.ask.key] = rec.ask.reload_key
         point_at(flow, node)
         self.stamp(flow.request.headers)

@@ -82,6 +82,7 @@ class Failover:
     def _tell_fleet(self, node: Node, rec: Record, meaning: Meaning, detail: str, now_s: float) -> None:
         if meaning in UNHEALTHY:
             node.health.failed(now_s, detail, fatal=UNHEALTHY[meaning])
+            self.dispatch.speeds.observe_failure(node.name, now_s - (rec.sent_s or now_s), now_s)
             self.suspect(node)
         elif meaning is Meaning.FULL:
             node.full_until_s = now_s + FULL_S

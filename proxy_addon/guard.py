@@ -58,7 +58,6 @@ class Guard:
         elif flow.request.method == "OPTIONS":
             flow.response = _preflight(flow, origin)
         if flow.response:
-            seen.early = True
             self.responseheaders(flow)
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:

@@ -29,6 +29,7 @@ from mitmproxy.proxy.layers.http import (
     HttpErrorHook,
     HttpEvent,
     HttpLayer,
+    HttpResponseHeadersHook,
     HttpResponseHook,
     HttpStream,
     RequestData,
@@ -155,6 +156,7 @@ class FleetStream(HttpStream):
         self._answered = True
         self.flow.response = response
         response.timestamp_start = response.timestamp_end = time()
+        yield HttpResponseHeadersHook(self.flow)
         yield HttpResponseHook(self.flow)
         self.server_state = self.state_done
         if (yield from self.check_killed(False)):
@@ -173,6 +175,7 @@ class FleetStream(HttpStream):
         rec = record.of(self.flow)
         self.flow.response = stream.head
         stream.head.timestamp_start = time()
+        yield HttpResponseHeadersHook(self.flow)
         self.server_state = self.state_done
         yield SendHttp(ResponseHeaders(self.stream_id, stream.head, False), self.context.client)
         while True:

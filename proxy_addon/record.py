@@ -73,7 +73,6 @@ class Record:
     abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
     left: bool = False  #: the client has gone
     stream: Stream | None = None  #: set by an addon in place of flow.response, for a streamed answer
-    early: bool = False
     placed: bool = False  #: the flow's address is a node that an addon chose; nothing else may be contacted
     body_limit_bytes: int | None = None  #: a body that grows beyond is answered 413 at once
     on_left: list[Callable[[], object]] = field(default_factory=list)  #: called when the client leaves

@@ -119,6 +119,8 @@ class Tee:
         rec.last_byte_s = now_s = self._now()
         if rec.first_byte_s is None:
             rec.first_byte_s = now_s
+            if rec.flight is not None:
+                rec.flight.first_byte_s = now_s
         separator = self._separator
         if separator is not None and (self._partial or self.dirty or not data.endswith(separator)):
             data = self._whole_lines(self._partial + data, separator)

@@ -83,7 +83,6 @@ class OneServer:
         if rec.endpoint.path == "/api/blobs/*":
             with _telling(flow, rec):
                 await self._upload(flow, rec)
-            rec.early = flow.response is not None
 
     async def request(self, flow: http.HTTPFlow) -> None:
         """Answer or forward whatever is not routed by model."""
