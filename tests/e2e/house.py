@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import orjson
 
 from tests.fakes.exchange import Received
 from tests.fakes.ollama_node import FakeOllama
@@ -40,9 +39,11 @@ class House:
             assert got.header("origin") is None
         return found
 
-    def only(self, path: str, method: str = "POST") -> Received:
-        """The one request of ``path``, which one node got once."""
-        [(_, got)] = self.reached(path, method)
+    def only(self, path: str, method: str = "POST", sent: Sent | None = None) -> Received:
+        """The one request of ``path``, which one node got once, as it was the last of ``sent``."""
+        [(node, got)] = self.reached(path, method)
+        if sent is not None:
+            sent.is_what(node, got)
         return got
 
     async def wait_one(self, path: str, chunks: int = 0) -> tuple[FakeOllama, Received]:
@@ -82,6 +83,7 @@ class Sent:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.heads: list[dict[str, str]] = []
         self.answers: list[Mapping[str, str]] = []
 
     def hooks(self, *, asynchronous: bool = True) -> dict[str, list[Any]]:
@@ -97,11 +99,15 @@ class Sent:
 
     def _request(self, given: httpx.Request) -> None:
         self.bodies.append(given.content if hasattr(given, "_content") else b"")
+        self.heads.append(dict(given.headers))
 
     def _response(self, given: httpx.Response) -> None:
         self.answers.append({name.lower(): value for name, value in given.headers.items()})
 
-    @property
-    def json(self) -> Any:
-        """The last body."""
-        return orjson.loads(self.bodies[-1])
+    def is_what(self, node: FakeOllama, got: Received) -> None:
+        """Assert that ``node`` got the last request as it was sent: every header but Host, every byte."""
+        at_node = {name.lower(): value for name, value in got.headers}
+        added = {name: at_node.pop(name) for name in list(at_node) if name not in self.heads[-1]}
+        assert set(added) <= {"x-sollol-hops"}
+        assert at_node == {**self.heads[-1], "host": node.host_port}
+        assert got.body == self.bodies[-1]

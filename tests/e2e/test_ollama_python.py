@@ -75,8 +75,7 @@ async def test_chat(house: House, call: Caller) -> None:
     check_stream("".join(part.message.content for part in parts), PROMPT)
     assert [part.done for part in parts] == [False] * 40 + [True]
     assert (parts[-1].eval_count, parts[-1].done_reason, parts[-1].model) == (40, "stop", CHAT)
-    got = house.only("/api/chat")
-    assert got.body == call.sent.bodies[-1]
+    house.only("/api/chat", sent=call.sent)
     [node] = [node for node in house.nodes if node.requests("/api/chat")]
     assert call.sent.answers[-1]["x-sollol-node"] == node.host_port
 
@@ -98,8 +97,7 @@ async def test_generate_with_everything(house: House, call: Caller) -> None:
     parts = await call("generate", CHAT, PROMPT, stream=True, **asked)
     assert check_stream("".join(part.response for part in parts), PROMPT, 7) == 7
     assert (parts[-1].done_reason, parts[-1].context) == ("length", [1, 2, 3])
-    got = house.only("/api/generate")
-    assert got.body == call.sent.bodies[-1]
+    got = house.only("/api/generate", sent=call.sent)
     assert base64.b64decode(got.json["images"][0]) == PNG
     whole = await call("generate", CHAT, PROMPT, **asked)
     assert whole.response == expected_text(PROMPT, 7)
@@ -109,7 +107,7 @@ async def test_generate_with_everything(house: House, call: Caller) -> None:
 async def test_embeddings(house: House, call: Caller) -> None:
     answer = await call("embed", EMBED, ["one", "two"])
     assert answer.embeddings == [pytest.approx(normalised(embedding(text, 64))) for text in ("one", "two")]
-    assert house.only("/api/embed").body == call.sent.bodies[-1]
+    house.only("/api/embed", sent=call.sent)
     short = await call("embed", EMBED, "one", dimensions=8, truncate=True)
     assert [len(vector) for vector in short.embeddings] == [8]
     old = await call("embeddings", EMBED, "one")
