@@ -173,6 +173,7 @@ def test_what_must_be_evicted_has_a_price_and_idle_models_go_first() -> None:
     assert "evicts 1" in found.notes
     assert found.terms["wait_s"] == 0
     assert found.terms["evict_s"] == pytest.approx(0.5 * 9 * (1 << 30) / 1e9)
+    assert found.cost == pytest.approx(sum(found.terms.values()))
 
 
 def test_offload_to_the_cpu_slows_down() -> None:
@@ -261,22 +262,24 @@ def test_a_node_that_is_better_in_everything_is_never_beaten(machine: Report, ot
 
 
 @given(
+    policy=st.sampled_from(sorted(policies.POLICIES)),
     nodes=st.lists(
-        st.tuples(MACHINE, st.booleans(), st.lists(FLIGHT, max_size=3), st.floats(5, 200)),
+        st.tuples(MACHINE, st.booleans(), st.lists(FLIGHT, max_size=3), st.floats(5, 200), st.integers(1, 3)),
         min_size=1,
         max_size=8,
-    )
+    ),
 )
 def test_leaving_out_who_cannot_win_never_changes_the_choice(
-    nodes: list[tuple[Report, bool, list[tuple[float, float, float]], float]],
+    policy: str, nodes: list[tuple[Report, bool, list[tuple[float, float, float]], float, int]]
 ) -> None:
     fleet, speeds = Fleet(), Speeds()
-    for number, (machine, is_resident, flights, tok_s) in enumerate(nodes):
-        n = node(fleet, number, report=machine, resident={"m": resident()} if is_resident else {})
+    for number, (machine, is_resident, flights, tok_s, parallel) in enumerate(nodes):
+        kept = {"m": resident()} if is_resident else {}
+        n = node(fleet, number, report=machine, resident=kept, parallel=parallel)
         speeds.observe(n, ask(), FinalStats(200, 100, 0.0, 2 / tok_s, 100 / tok_s), 0.1, 9.0, 1, NOW_S)
         for age_s, expected_s, share in flights:
             n.take(ask(), NOW_S - age_s, expected_s, service_s=expected_s * share)
-    whole = decide(ask(), fleet, speeds, NOW_S)
+    whole = decide(ask(), fleet, speeds, NOW_S, policy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "WHOLE", 0)
-        assert decide(ask(), fleet, speeds, NOW_S).node == whole.node
+        assert decide(ask(), fleet, speeds, NOW_S, policy).node == whole.node
