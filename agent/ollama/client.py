@@ -57,6 +57,12 @@ def error_message(status: int, body: bytes) -> str:
         return lines[0][:200] if lines else f"status {status} without a body"
 
 
+def split_lines(received: bytes) -> tuple[list[bytes], bytes]:
+    """Return the complete lines of what was received, blank ones left out, and the beginning of the next."""
+    *lines, rest = received.split(b"\n")
+    return [line for line in lines if line.strip()], rest
+
+
 def parse_tags(body: bytes) -> list[Model]:
     """Return the rows of an ``/api/tags`` body; raise OllamaError if it is none."""
     return _rows(_MODELS, body, "/api/tags")
@@ -168,10 +174,9 @@ class OllamaClient:
         async with self._asked(method, path, json, headers, limits) as answer:
             rest = b""
             async for chunk in answer.content.iter_any():
-                *lines, rest = (rest + chunk).split(b"\n")
+                lines, rest = split_lines(rest + chunk)
                 for line in lines:
-                    if line.strip():
-                        yield _object(path, line)
+                    yield _object(path, line)
                 if len(rest) > LONGEST_LINE_BYTES:
                     raise OllamaError(200, f"{path} sent a line longer than {LONGEST_LINE_BYTES} bytes")
             if rest.strip():

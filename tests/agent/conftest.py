@@ -1,6 +1,5 @@
 """What several tests of the agent need: an NVIDIA driver, and an Ollama that can be made to misbehave."""
 
-import _ctypes
 import asyncio
 import ctypes
 import hashlib
@@ -24,18 +23,17 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def driver(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """An NVIDIA driver in this very process, gone without a trace at the end."""
+    """An NVIDIA driver in this very process, for as long as the test lasts.
+
+    Each test loads a copy of its own, and none is unloaded: a thread may still be in it.
+    """
     said = tmp_path / "nvml.txt"
     monkeypatch.setenv("SOLLOL_NVML_STUB", str(said))
-    handle = ctypes.CDLL(str(nvml_library))._handle
-    monkeypatch.setattr(pynvml, "nvmlLib", None)
-    pynvml._nvmlGetFunctionPointer_cache.clear()
+    own = shutil.copy(nvml_library, tmp_path / "libnvidia-ml-own.so")
+    monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(own)))
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     yield Driver(said)
     said.unlink(missing_ok=True)  # lets a call that hangs come back
-    if pynvml.nvmlLib is not None:
-        _ctypes.dlclose(pynvml.nvmlLib._handle)
-    pynvml._nvmlGetFunctionPointer_cache.clear()
-    _ctypes.dlclose(handle)
 
 
 class FakeOllama:

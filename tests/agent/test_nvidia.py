@@ -7,8 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from agent import gpu
 from agent.gpu import NvidiaGpus, detect
-from agent.gpu.nvidia import RETRY_FIRST_S, RETRY_LONGEST_S, bandwidth_bytes_s, nvml_present
+from agent.gpu.nvidia import RETRY_FIRST_S, RETRY_LONGEST_S, bandwidth_bytes_s
 from tests.agent.conftest import Clock
 from tests.agent.nvml_stub import GIB, Driver
 
@@ -147,9 +148,10 @@ def test_the_names_of_ended_processes_are_forgotten(driver: Driver) -> None:
     assert gpus._process_names == {}
 
 
-def test_detect_takes_nvidia_where_its_library_is(driver: Driver, tmp_path: Path) -> None:
-    driver.have(1)
-    assert nvml_present()
+def test_detect_takes_nvidia_where_its_library_is(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "nvml_present", lambda: True)
     assert isinstance(detect(tmp_path), NvidiaGpus)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -14,6 +15,7 @@ from agent.ollama.client import (
     error_message,
     parse_ps,
     parse_tags,
+    split_lines,
 )
 from tests.agent.conftest import FakeOllama, resident
 
@@ -158,19 +160,36 @@ async def test_a_path_in_the_address_is_kept(serve: Serve) -> None:
     assert paths == ["/ollama/api/version"]
 
 
-async def test_stream_yields_objects_however_the_bytes_are_cut(serve: Serve) -> None:
+async def test_stream_yields_every_object_and_skips_blank_lines(serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         assert await request.json() == {"model": "x"}
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for piece in (b'{"sta', b'tus":"a"}\n{"status":"b"}\n', b'\n{"error"', b':"disk full"}'):
-            await response.write(piece)
-            await asyncio.sleep(0)
-        return response
+        return web.Response(body=b'{"status":"a"}\n{"status":"b"}\n\n{"error":"disk full"}')
 
     client = await serve(handler)
     got = [line async for line in client.stream("POST", "/api/pull", json={"model": "x"})]
     assert got == [{"status": "a"}, {"status": "b"}, {"error": "disk full"}]
+
+
+async def test_stream_puts_together_what_the_network_cut(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=b'{"status":"a"}\n{"status":"b"}\n{"status":"c"}')
+
+    async def byte_by_byte(answer: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+        for byte in await answer.read():
+            yield bytes([byte])
+
+    monkeypatch.setattr(aiohttp.StreamReader, "iter_any", byte_by_byte)
+    client = await serve(handler)
+    got = [line["status"] async for line in client.stream("POST", "/api/pull")]
+    assert got == ["a", "b", "c"]
+
+
+def test_split_lines() -> None:
+    assert split_lines(b"a\n\n \nb\nc") == ([b"a", b"b"], b"c")
+    assert split_lines(b"a\n") == ([b"a"], b"")
+    assert split_lines(b"") == ([], b"")
 
 
 async def test_leaving_a_stream_hangs_up(serve: Serve) -> None:
