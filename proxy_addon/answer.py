@@ -19,6 +19,11 @@ class Answer:
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
 
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Where the answer is known before the body has come, no ``100 Continue`` asks for the body."""
+        if flow.response is not None:
+            flow.request.headers.pop("expect", None)
+
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """Name the node, and stream whatever is not an error."""
         rec, response = record.of(flow), flow.response

@@ -59,11 +59,11 @@ class House:
         [found] = self.reached(path)
         return found
 
-    def port(self, mode: str) -> int:
-        """The port of one of the proxy's modes (``regular``, ``socks5``)."""
+    def at(self, mode: str) -> str:
+        """``host:port`` of one of the proxy's modes (``regular``, ``socks5``)."""
         servers = self.proxy.master.addons.get("proxyserver").servers
-        [port] = [s.listen_addrs[0][1] for s in servers if s.mode.type_name == mode]
-        return int(port)
+        [(host, port)] = [server.listen_addrs[0][:2] for server in servers if server.mode.type_name == mode]
+        return f"{host}:{port}"
 
 
 @asynccontextmanager
