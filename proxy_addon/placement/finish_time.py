@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.learning import Estimate, slowdown
+from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.runner import Start, load_left_s, loading, queue
-from proxy_addon.placement.scene import Cost, Place, Scene
+from proxy_addon.placement.scene import Place, Scene
 
 EVICTED_IS_WANTED = 0.5  #: probability that an evicted model is asked for again and must be loaded
 WORK_LOST = 0.5  #: share of the work that is done when an attempt fails
@@ -28,7 +29,7 @@ class FinishTime:
             for place in scene.places
         ]
 
-    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
+    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
         """The sum of wait_s, load_s, prefill_s, decode_s, evict_s and failure_s."""
         node, key, now_s, estimate = place.node, scene.ask.key, scene.now_s, place.estimate
         free_s = queue(node.flights, key, place.slots, now_s) if node.flights else [0.0]
@@ -58,12 +59,14 @@ class FinishTime:
             "evict_s": evict_s,
             "failure_s": failure_s,
         }
-        return Cost(total_s, terms, start.notes)
+        return Candidate(place.name, None, total_s, terms, start.notes)
 
-    def explain(self, cost: Cost) -> str:
+    def explain(self, chosen: Candidate) -> str:
         """The seconds and what they are made of."""
-        parts = ", ".join(f"{name[:-2]} {value:.2f}" for name, value in cost.terms.items() if value >= 0.005)
-        return f"expected to finish first, in {cost.value:.2f} s ({parts or 'nothing to do'})"
+        parts = ", ".join(
+            f"{name[:-2]} {value:.2f}" for name, value in chosen.terms.items() if value >= 0.005
+        )
+        return f"expected to finish first, in {chosen.cost:.2f} s ({parts or 'nothing to do'})"
 
 
 def _load_wait_s(place: Place, start: Start, now_s: float) -> float:

@@ -136,18 +136,17 @@ def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy:
     expire soonest first, while the model does not fit wholly on the GPUs. What is still too much is computed
     from RAM; only where that does not suffice either, the model does not fit.
     """
-    gpu_free, ram_free = room.gpu_free_bytes, room.ram_free_bytes
-    others = [name for name in resident if name != key]
-    if len(others) < len(resident):
-        gpu_free, ram_free = _given_back(resident[key], room, gpu_free, ram_free)
+    gpu_free, ram_free, own = room.gpu_free_bytes, room.ram_free_bytes, resident.get(key)
+    if own is not None:
+        gpu_free, ram_free = _given_back(own, room, gpu_free, ram_free)
+    left = len(resident) - (own is not None)
     evicts: list[str] = []
-    if need > (gpu_free if room.gpus else ram_free) * (ADDITIONAL_SHARE if others else 1.0):
-        others.sort(key=lambda name: (name in busy, _expiry(resident[name])))
-        for name in others:
+    if left and need > (gpu_free if room.gpus else ram_free) * ADDITIONAL_SHARE:
+        for name in _eviction_order(resident, key, busy):
             gpu_free, ram_free = _given_back(resident[name], room, gpu_free, ram_free)
             evicts.append(name)
-            left = ADDITIONAL_SHARE if len(evicts) < len(others) else 1.0
-            if need <= (gpu_free if room.gpus else ram_free) * left:
+            left -= 1
+            if need <= (gpu_free if room.gpus else ram_free) * (ADDITIONAL_SHARE if left else 1.0):
                 break
     if need > gpu_free + ram_free:
         return Fit(
@@ -161,6 +160,12 @@ def _given_back(row: Resident, room: Room, gpu_free: int, ram_free: int) -> tupl
     """What is free on GPUs and in RAM once ``row`` is unloaded."""
     on_gpu = row.size_vram if room.gpus else 0
     return gpu_free + on_gpu, ram_free + (0 if room.unified else row.size - on_gpu)
+
+
+def _eviction_order(resident: Mapping[str, Resident], key: str, busy: Collection[str]) -> list[str]:
+    """The residents but ``key``: idle ones before busy ones, then those that expire sooner."""
+    order = sorted([(name in busy, _expiry(row), name) for name, row in resident.items() if name != key])
+    return [name for _, _, name in order]
 
 
 def _expiry(row: Resident) -> float:

@@ -19,7 +19,7 @@ from proxy_addon.placement.decision import Candidate, Decision
 from proxy_addon.placement.finish_time import FinishTime
 from proxy_addon.placement.memory import shape_of
 from proxy_addon.placement.runner import start
-from proxy_addon.placement.scene import Cost, Policy, Scene
+from proxy_addon.placement.scene import Policy, Scene
 from proxy_addon.placement.seed_score import SeedScore
 from proxy_addon.placement.simple import LeastLoaded, RoundRobin
 from proxy_addon.placement.view import View, look, out, unable
@@ -49,17 +49,17 @@ def decide(
     is None where nobody may serve the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
     Equally good nodes take turns. Raises KeyError for an unknown policy.
     """
-    judge = POLICIES[policy]
+    how = POLICIES[policy]
     if len(fleet.nodes) > WHOLE:
         view = fleet.views.get(ask.key)
         if view is not None and 0 <= now_s - view.at_s < VIEW_S and view.nodes == len(fleet.nodes):
-            decision = _among(view, ask, fleet, speeds, now_s, policy, judge, excluded)
+            decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded)
             if decision.node is not None:
                 return decision
         view = fleet.views[ask.key] = look(ask, fleet, speeds, now_s)
     else:
         view = look(ask, fleet, speeds, now_s)
-    return _among(view, ask, fleet, speeds, now_s, policy, judge, excluded)
+    return _among(view, ask, fleet, speeds, now_s, policy, how, excluded)
 
 
 def _among(
@@ -69,7 +69,7 @@ def _among(
     speeds: Speeds,
     now_s: float,
     policy: str,
-    judge: Policy,
+    how: Policy,
     excluded: Mapping[str, str],
 ) -> Decision:
     """The best of ``view``."""
@@ -85,12 +85,12 @@ def _among(
     size_ratio = speeds.size_ratio(ask.key)
     queue = [
         (bound, place.node.turn, index)
-        for index, (bound, place) in enumerate(zip(judge.bounds(scene), places, strict=True))
+        for index, (bound, place) in enumerate(zip(how.bounds(scene), places, strict=True))
     ]
     heapify(queue)
     whole = len(places) <= WHOLE
     best: tuple[float, int, int] | None = None
-    best_cost: Cost | None = None
+    chosen: Candidate | None = None
     while queue and (whole or best is None or queue[0] < best):
         _, turn, index = heappop(queue)
         place = places[index]
@@ -101,22 +101,21 @@ def _among(
         if why is not None:
             candidates.append(out(name, why))
             continue
-        how = start(node, ask, place.row, place.room, place.slots, shape, size_ratio)
-        if isinstance(how, str):
-            candidates.append(Candidate(name, excluded=how))
+        begin = start(node, ask, place.row, place.room, place.slots, shape, size_ratio)
+        if isinstance(begin, str):
+            candidates.append(Candidate(name, excluded=begin))
             continue
-        cost = judge.cost(scene, place, how)
-        candidates.append(Candidate(name, None, cost.value, cost.terms, cost.notes))
-        rank = (cost.value, turn, index)
+        candidate = how.judge(scene, place, begin)
+        candidates.append(candidate)
+        rank = (candidate.cost, turn, index)
         if best is None or rank < best:
-            best, best_cost = rank, cost
-    if best is None or best_cost is None:
+            best, chosen = rank, candidate
+    if chosen is None:
         return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates))
-    winner = places[best[2]].name
-    reason = f"{winner} {judge.explain(best_cost)}"
+    reason = f"{chosen.node} {how.explain(chosen)}"
     if queue:
         reason += f"; {len(queue)} more nodes cannot be better"
-    return Decision(policy, winner, tuple(candidates), reason)
+    return Decision(policy, chosen.node, tuple(candidates), reason)
 
 
 def _nobody(ask: Ask, fleet: Fleet, candidates: list[Candidate]) -> str:

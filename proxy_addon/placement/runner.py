@@ -180,7 +180,9 @@ def _fit(
     num_ctx = ask.num_ctx if ask.num_ctx is not None else room.default_num_ctx
     num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
     need = int(memory.need_bytes(shape, row.size, num_ctx, slots) * size_ratio)
-    return memory.fit(need, room, node.resident, ask.key, {f.ask.key for f in node.flights})
+    return memory.fit(
+        need, room, node.resident, ask.key, {f.ask.key for f in node.flights} if node.flights else ()
+    )
 
 
 def _others(key: ReloadKey) -> ReloadKey:

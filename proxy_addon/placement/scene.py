@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from agent.report import Model
 from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Estimate, Speeds
 from proxy_addon.fleet.node import Node
+from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.memory import Room
 from proxy_addon.placement.runner import Start
 
@@ -40,23 +41,14 @@ class Scene:
     output_tokens: float = 0.0
 
 
-@dataclass(slots=True)
-class Cost:
-    """What a policy makes of a node: ``value`` is minimised, the rest explains it."""
-
-    value: float
-    terms: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 class Policy(Protocol):
     """How nodes are compared."""
 
     def bounds(self, scene: Scene) -> list[float]:
         """For each place of ``scene`` a value that its cost is never below, quickly."""
 
-    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
-        """The cost of ``place``, which would serve the request as ``start`` says."""
+    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
+        """``place``, which would serve the request as ``start`` says, with its cost."""
 
-    def explain(self, cost: Cost) -> str:
-        """``cost`` of the chosen node in a few words."""
+    def explain(self, chosen: Candidate) -> str:
+        """Why ``chosen`` was, in a few words."""

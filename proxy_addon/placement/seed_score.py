@@ -7,15 +7,15 @@ whose products are 109.4 and 83.3; the formula is what counts here, and the winn
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Node
+from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.runner import Start
-from proxy_addon.placement.scene import Cost, Place, Scene
+from proxy_addon.placement.scene import Place, Scene
 
 UNKNOWN_LATENCY_S = 0.1  #: the document's default
 GPU_TOKENS = 100  #: a prompt below it is "simple" in the document's estimate of complexity
@@ -71,7 +71,7 @@ class SeedScore:
         """The negative scores themselves."""
         return [-self._factors(scene, place).score() for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
+    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
         """The negative score, with the inputs as terms."""
         found = self._factors(scene, place)
         terms = {
@@ -82,11 +82,11 @@ class SeedScore:
             "gpu": float(found.gpu_wanted and found.gpu_free),
             "specialised": float(found.specialised),
         }
-        return Cost(-found.score(), terms, start.notes)
+        return Candidate(place.name, None, -found.score(), terms, start.notes)
 
-    def explain(self, cost: Cost) -> str:
+    def explain(self, chosen: Candidate) -> str:
         """The score."""
-        return f"has the highest score, {-cost.value:.1f}" if math.isfinite(cost.value) else "scored nothing"
+        return f"has the highest score, {-chosen.cost:.1f}"
 
     def _factors(self, scene: Scene, place: Place) -> Factors:
         return factors(place.name, place.node, scene.ask, scene.speeds, scene.now_s)

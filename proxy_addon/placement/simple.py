@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.runner import Start
-from proxy_addon.placement.scene import Cost, Place, Scene
+from proxy_addon.placement.scene import Place, Scene
 
 
 class LeastLoaded:
@@ -13,14 +14,16 @@ class LeastLoaded:
         """The costs themselves."""
         return [len(place.node.flights) / place.node.parallel for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
+    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
         """Requests in flight per slot."""
         count = len(place.node.flights)
-        return Cost(count / place.node.parallel, {"in_flight": float(count)}, start.notes)
+        return Candidate(
+            place.name, None, count / place.node.parallel, {"in_flight": float(count)}, start.notes
+        )
 
-    def explain(self, cost: Cost) -> str:
+    def explain(self, chosen: Candidate) -> str:
         """The load."""
-        return f"has the least load, {cost.terms['in_flight']:.0f} in flight"
+        return f"has the least load, {chosen.terms['in_flight']:.0f} in flight"
 
 
 class RoundRobin:
@@ -30,10 +33,12 @@ class RoundRobin:
         """The costs themselves."""
         return [float(place.node.turn) for place in scene.places]
 
-    def cost(self, scene: Scene, place: Place, start: Start) -> Cost:
+    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
         """The number of its last turn; turns are counted over all nodes."""
-        return Cost(float(place.node.turn), {"last_turn": float(place.node.turn)}, start.notes)
+        return Candidate(
+            place.name, None, float(place.node.turn), {"last_turn": float(place.node.turn)}, start.notes
+        )
 
-    def explain(self, cost: Cost) -> str:
+    def explain(self, chosen: Candidate) -> str:
         """Whose turn it is."""
         return "waited longest for its turn"
