@@ -16,8 +16,9 @@ from proxy_addon.relay import Tee, framing_of
 class Answer:
     """Lets answers through as they come."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], annotate: bool) -> None:
         self.now = now
+        self.annotate = annotate  #: write ``_sollol_routing`` into final objects
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Where the answer is known before the body has come, no ``100 Continue`` asks for the body."""
@@ -31,7 +32,13 @@ class Answer:
             return
         mark(response, rec)
         if rec.placed and response.status_code < 400:
-            response.stream = Tee(rec, framing_of(response), self.now)
+            framing = framing_of(response)
+            annotate = self.annotate and rec.flight is not None
+            response.stream = Tee(rec, framing, self.now, annotate)
+            if annotate and framing == "whole" and "content-length" in response.headers:
+                # The body will grow: chunks need no length (an HTTP/1.0 client reads to the end).
+                del response.headers["content-length"]
+                response.headers["transfer-encoding"] = "chunked"
 
     async def sollol_next_chunk(self, chunk: NextChunk) -> None:
         """Bring the next piece of an answer that the proxy makes itself; none once the client has left."""

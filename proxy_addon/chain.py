@@ -101,7 +101,7 @@ class Sollol:
             Route(self.dispatch, one_server, budget),
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
             Timeouts(self.dispatch, settings.timeouts),
-            Answer(_now),
+            Answer(_now, settings.routing_metadata == "body"),
             Epilogue(self.dispatch, self.watch.suspect, (self.journal.add, self.telemetry.observe)),
         )
         self.addons = [protect(addon, self.telemetry.hook_failed) for addon in chain]
@@ -136,7 +136,7 @@ class Sollol:
         models = {key for node in up for key in node.models}
         log.info(
             "SOLLOL listens on %s: %d of %d nodes up (%s), %d models",
-            ", ".join(f"{host}:{port}" for host, port, *_ in ctx.master.addons.get("proxyserver").listen_addrs()),
+            ", ".join(f"{host}:{port}" for host, port, *_ in _listening()),
             len(up),
             len(all_nodes),
             names(up),
@@ -161,6 +161,10 @@ class Sollol:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+
+def _listening() -> list[Any]:
+    return list(ctx.master.addons.get("proxyserver").listen_addrs())
 
 
 def _now() -> float:

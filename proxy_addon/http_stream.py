@@ -393,7 +393,29 @@ class FleetLayer(HttpLayer):
             and event.connection is not self.context.server
         ):
             return  # the last words of a forgotten connection
-        yield from super()._handle_event(event)
+        yield from _coalesced(super()._handle_event(event))
+
+
+def _coalesced(source: Commands) -> Commands:
+    """``source`` with neighbouring pieces for one connection made one: a head and its body are one packet.
+
+    Each piece would be a send of its own, and sending is what a small request costs most.
+    """
+    waiting: commands.SendData | None = None
+    for command in source:
+        if isinstance(command, commands.SendData):
+            if waiting is not None and waiting.connection is command.connection:
+                waiting.data += command.data
+                continue
+            waiting, command = command, waiting
+            if command is None:
+                continue
+        elif waiting is not None and not isinstance(command, commands.Log):
+            yield waiting
+            waiting = None
+        yield command
+    if waiting is not None:
+        yield waiting
 
 
 def install(next_layer: layer.NextLayer) -> None:

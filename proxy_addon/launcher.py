@@ -27,6 +27,7 @@ from mitmproxy.addons import (
 from agent import notify
 from proxy_addon.chain import Sollol, mitmproxy_options
 from proxy_addon.fleet.discovery import port_conflict
+from proxy_addon.lean_addons import LeanAddons
 from proxy_addon.settings import Settings
 
 log = logging.getLogger("sollol")
@@ -37,8 +38,9 @@ class LeanMaster(master.Master):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(options.Options())
+        self.addons = LeanAddons(self)
         self.sollol = Sollol(settings)
-        self.addons.add(
+        self.addons.add(  # type: ignore[no-untyped-call]
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),

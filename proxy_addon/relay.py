@@ -16,7 +16,7 @@ from typing import Literal
 import orjson
 from mitmproxy import http
 
-from proxy_addon import errors, record
+from proxy_addon import errors, record, routing_metadata
 from proxy_addon.endpoints import Handling
 from proxy_addon.record import FinalStats
 
@@ -100,9 +100,12 @@ def judge(flow: http.HTTPFlow, held: bytes | bytearray, ended: bool) -> tuple[Ve
 class Tee:
     """What mitmproxy calls with every piece of a streamed answer, and with ``b""`` at its end."""
 
-    __slots__ = ("_end", "_last", "_now", "_partial", "_rec", "_separator", "dirty")
+    __slots__ = ("_annotate", "_end", "_last", "_now", "_partial", "_rec", "_separator", "dirty")
 
-    def __init__(self, rec: record.Record, framing: Framing, now: Callable[[], float]) -> None:
+    def __init__(
+        self, rec: record.Record, framing: Framing, now: Callable[[], float], annotate: bool = False
+    ) -> None:
+        self._annotate = annotate and framing in ("ndjson", "whole")
         self._rec = rec
         self._separator = _SEPARATOR.get(framing) if rec.ask is not None and rec.ask.stream else None
         self._end = END.get(rec.endpoint.path) if rec.endpoint and self._separator else None
@@ -127,7 +130,15 @@ class Tee:
             if not data:
                 return ()
         self._last.append(data)
-        return data
+        return self._annotated(data, now_s) if self._annotate else data
+
+    def _annotated(self, data: bytes, now_s: float) -> bytes:
+        if self._separator is None:
+            self._annotate = False  # a whole answer comes in one piece, unless it is too large to hold
+            final = len(data) <= HOLD_WHOLE_BYTES
+        else:
+            final = routing_metadata.is_final(data)
+        return routing_metadata.add(data, self._rec, now_s) if final else data
 
     def _whole_lines(self, data: bytes, separator: bytes) -> bytes:
         """What of ``data`` may go out: up to its last separator; all of it if a line is too long to hold."""

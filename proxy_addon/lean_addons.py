@@ -1,0 +1,67 @@
+"""mitmproxy's AddonManager for a chain that does not change: the hooks of each event are looked up once.
+
+Profiled on small requests, a quarter of the time went into finding hooks: every event walks every addon, and
+every flow event is followed by an ``update`` event that nobody here listens to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import isawaitable
+from typing import Any
+
+from mitmproxy import exceptions, hooks
+from mitmproxy.addonmanager import AddonManager
+
+log = logging.getLogger(__name__)
+
+_FIELDS: dict[type[hooks.Hook], tuple[str, ...]] = {}
+
+
+class LeanAddons(AddonManager):
+    """Triggers events through a table of hooks, made anew whenever an addon comes or goes."""
+
+    def __init__(self, master: Any) -> None:
+        super().__init__(master)  # type: ignore[no-untyped-call]
+        self._table: dict[str, list[Callable[..., Any]]] = {}
+
+    def register(self, addon: Any) -> Any:
+        """As the parent."""
+        self._table.clear()
+        return super().register(addon)  # type: ignore[no-untyped-call]
+
+    def remove(self, addon: Any) -> None:
+        """As the parent."""
+        self._table.clear()
+        super().remove(addon)  # type: ignore[no-untyped-call]
+
+    async def handle_lifecycle(self, event: hooks.Hook) -> None:
+        """As the parent, without the ``update`` event: it serves user interfaces that list flows."""
+        await self.trigger_event(event)
+
+    async def trigger_event(self, event: hooks.Hook) -> None:
+        """As the parent: every hook in the chain's order; what one raises is logged, the others go on."""
+        found = self._table.get(event.name)
+        if found is None:
+            found = self._table[event.name] = [
+                hook for addon in self.chain for _, hook in self._iter_hooks(addon, event)
+            ]
+        if not found:
+            return
+        names = _FIELDS.get(type(event))
+        if names is None:
+            names = _FIELDS[type(event)] = tuple(field.name for field in fields(event))  # type: ignore[arg-type]
+        arguments = [getattr(event, name) for name in names]
+        for hook in found:
+            try:
+                result = hook(*arguments)
+                if result is not None and isawaitable(result):
+                    await result
+            except exceptions.AddonHalt:
+                return
+            except exceptions.OptionsError:
+                raise
+            except Exception:  # the outermost boundary of a hook; ours end before (protect.py)
+                log.exception("the hook %s of an addon failed", event.name)
