@@ -13,6 +13,8 @@ from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement import policies
 from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.policies import decide
+from proxy_addon.placement.scene import Scene
+from proxy_addon.placement.view import look
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.worlds import NOW_S, ask, name, node, report, resident, row
 
@@ -280,6 +282,11 @@ def test_leaving_out_who_cannot_win_never_changes_the_choice(
         for age_s, expected_s, share in flights:
             n.take(ask(), NOW_S - age_s, expected_s, service_s=expected_s * share)
     whole = decide(ask(), fleet, speeds, NOW_S, policy)
+    costs = {c.node: c.cost for c in whole.candidates}
+    view = look(ask(), fleet, speeds, NOW_S)
+    tokens = speeds.prompt_tokens(ask()), speeds.output_tokens(ask())
+    bounds = policies.POLICIES[policy].bounds(Scene(ask(), speeds, NOW_S, view.places, *tokens))
+    assert all(b <= costs[p.name] + 1e-9 for b, p in zip(bounds, view.places, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "WHOLE", 0)
         assert decide(ask(), fleet, speeds, NOW_S, policy).node == whole.node
