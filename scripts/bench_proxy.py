@@ -27,8 +27,8 @@ LIMIT_S = 60.0
 
 
 def post(path: str, body: str) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return f"{head}\r\n\r\n{body}".encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 EMBED = post("/api/embed", '{"model":"embed","input":"hello"}')
@@ -123,6 +123,41 @@ async def until_up(port: int) -> None:
                 return
 
 
+def quantile(times: list[float], share: float) -> float:
+    """Milliseconds."""
+    return sorted(times)[int(len(times) * share)] * 1e3
+
+
+def report(
+    requests: int,
+    direct: list[float],
+    through: list[float],
+    request_cpu: list[float],
+    chunk_cpu: list[float],
+    idle_share: float,
+    process: psutil.Process,
+) -> None:
+    added_ms = quantile(through, 0.5) - quantile(direct, 0.5)
+    chunk_us = statistics.median(chunk_cpu) * 1e6
+    rows = [
+        ("latency, direct, p50 / p99", f"{quantile(direct, 0.5):.3f} / {quantile(direct, 0.99):.3f} ms"),
+        (
+            "latency, through the proxy, p50 / p99",
+            f"{quantile(through, 0.5):.3f} / {quantile(through, 0.99):.3f} ms",
+        ),
+        ("added latency, p50 (target 1.0)", f"{added_ms:.3f} ms"),
+        ("CPU of the proxy, a small request", f"{statistics.median(request_cpu) * 1e6:.0f} µs"),
+        ("CPU of the proxy, a streamed chunk", f"{chunk_us:.0f} µs (direct: 0)"),
+        (f"CPU of the proxy, a {CHUNKS}-chunk stream", f"{chunk_us * CHUNKS / 1e3:.2f} ms (direct: 0)"),
+        ("CPU of the idle proxy (one node, polled)", f"{idle_share * 100:.2f} % of a core"),
+        ("memory of the proxy (RSS)", f"{process.memory_info().rss / 1e6:.0f} MB"),
+    ]
+    print(f"{requests} small requests on one kept connection, in turns with a direct one;")
+    print(f"{STREAMS} streams of {CHUNKS} chunks at {CHUNKS_PER_S}/s each, their heads and ends included")
+    for name, value in rows:
+        print(f"  {name:42} {value}")
+
+
 async def main(requests: int) -> None:
     state = tempfile.mkdtemp(prefix="sollol-bench-")
     node = await start(
@@ -164,20 +199,7 @@ async def main(requests: int) -> None:
             if chunks < STREAMS * CHUNKS:
                 raise SystemExit(f"chunks were lost or merged: {chunks} of {STREAMS * CHUNKS}")
 
-        def quantile(times: list[float], share: float) -> float:
-            return sorted(times)[int(len(times) * share)] * 1e3
-
-        print(f"{requests} small requests on one connection, in turns        p50        p99")
-        print(f"  direct                                   {quantile(direct, 0.5):12.3f} ms {quantile(direct, 0.99):7.3f} ms")
-        print(f"  through the proxy                        {quantile(through, 0.5):12.3f} ms {quantile(through, 0.99):7.3f} ms")
-        added = quantile(through, 0.5) - quantile(direct, 0.5)
-        print(f"  added (target p50 ≤ 1.0 ms)              {added:12.3f} ms")
-        print(f"CPU of the proxy a small request           {statistics.median(request_cpu) * 1e6:12.0f} µs")
-        per_chunk = statistics.median(chunk_cpu) * 1e6
-        print(f"CPU of the proxy a streamed chunk          {per_chunk:12.0f} µs  ({STREAMS} streams of {CHUNKS} chunks, {CHUNKS_PER_S}/s each; head and end included)")
-        print(f"CPU of the proxy a 100-chunk stream        {per_chunk * CHUNKS / 1e3:12.2f} ms  (a direct connection: 0)")
-        print(f"CPU of the idle proxy                      {idle_share * 100:12.2f} % of a core (one node, polled every second)")
-        print(f"memory of the proxy (RSS)                  {process.memory_info().rss / 1e6:12.0f} MB")
+        report(requests, direct, through, request_cpu, chunk_cpu, idle_share, process)
     finally:
         for child in (proxy, node):
             if child is not None and child.returncode is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import orjson
 import pytest
@@ -62,7 +63,7 @@ def test_no_byte_is_lost_doubled_or_moved(lines: list[bytes], cuts: list[int]) -
     whole = b"".join(lines) + DONE
     places = sorted({0, len(whole), *(min(cut, len(whole)) for cut in cuts)})
     filter_ = tee()
-    out = through(filter_, [whole[a:b] for a, b in zip(places, places[1:], strict=False)])
+    out = through(filter_, [whole[a:b] for a, b in pairwise(places)])
     assert b"".join(out) + (filter_(b"") or b"") == whole
     assert all(not piece or piece.endswith(b"\n") for piece in out)
 

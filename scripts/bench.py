@@ -1,0 +1,29 @@
+"""``make bench``: what SOLLOL costs, part by part. Run it on a quiet machine; it takes minutes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PARTS = (
+    ("the proxy, against a direct connection", "bench_proxy.py"),
+    ("a decision", "bench_decision.py"),
+    ("the agent", "bench_agent.py"),
+    ("the proxy's watch over 50 nodes", "bench_watch.py"),
+)
+
+
+def main() -> int:
+    failed = []
+    for title, script in PARTS:
+        print(f"== {title} ({script})", flush=True)
+        if subprocess.run([sys.executable, HERE / script], check=False).returncode:
+            failed.append(script)
+        print(flush=True)
+    for script in failed:
+        print(f"{script} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
