@@ -66,7 +66,8 @@ def as_command(target: typer.Typer | Callable[..., Any]) -> Any:
 
 def _missing(module: str) -> str:
     extra = next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
-    brings = f': pip install "sollol[{extra}]" brings it' if extra else ""
+    # By its path: PyPI has an unrelated distribution of the name sollol.
+    brings = f': in SOLLOL\'s source folder, pip install ".[{extra}]" brings it' if extra else ""
     return f"the Python module {module} is missing{brings}"
 
 

@@ -151,7 +151,11 @@ def test_nothing_of_proxy_addon_names_shard_in_an_import() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("gguf", 'sollol x: the Python module gguf is missing: pip install "sollol[shard]" brings it\n'),
+        (
+            "gguf",
+            "sollol x: the Python module gguf is missing:"
+            ' in SOLLOL\'s source folder, pip install ".[shard]" brings it\n',
+        ),
         ("surely_not_there", "sollol x: the Python module surely_not_there is missing\n"),
     ],
 )
