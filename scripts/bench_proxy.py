@@ -159,10 +159,15 @@ def report(
 
 
 async def main(requests: int) -> None:
-    state = tempfile.mkdtemp(prefix="sollol-bench-")
+    with tempfile.TemporaryDirectory(prefix="sollol-bench-") as state:
+        await measure(requests, state)
+
+
+async def measure(requests: int, state: str) -> None:
     node = await start(
-        "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--time-scale", "1", "--no-record",
-        "--uvloop", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9", "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
+        "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--no-record", "--uvloop",
+        "--time-scale", "1", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9",
+        "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
         "--vram-bytes", str(40 << 30), "--default-num-ctx", "4096",
     )  # fmt: skip
     proxy = None
