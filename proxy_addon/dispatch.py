@@ -82,6 +82,14 @@ class Dispatch:
         rec.decisions.append(decision)
         return decision
 
+    def elsewhere(self, rec: Record, node: Node, reason: str) -> bool:
+        """Whether another node than ``node`` could take ``rec``."""
+        if rec.ask is None:
+            return False
+        excluded = {**rec.excluded, node.name: reason}
+        policy = self.settings.placement
+        return decide(rec.ask, self.fleet, self.speeds, self.now(), policy, excluded).node is not None
+
     def send(self, flow: http.HTTPFlow, rec: Record, node: Node, decision: Decision | None = None) -> None:
         """Point ``flow`` at ``node`` and count it in flight there."""
         now_s = self.now()

@@ -67,7 +67,9 @@ class Failover:
             rec.excluded[node.name] = f"{meaning.value}: {detail}" if detail else meaning.value
             if meaning in HOPELESS:
                 rec.hopeless[node.name] = rec.excluded[node.name]
-        if not self.budget.take(now_s):
+        # The first failover of a request is free: a node that dies with a hundred requests must not turn
+        # the ninety-first into an error. What a sick fleet could amplify are the tries after that.
+        if len(rec.attempts) > 1 and not self.budget.take(now_s):
             failure.response = self._give_up(failure, rec, node, f"{detail}; the retry budget is spent")
             return
         self.on_retry(meaning.value)

@@ -23,11 +23,16 @@ from proxy_addon.record import Record
 from proxy_addon.settings import Timeouts as Limits
 
 
+ESTIMATE_ROOM = 3.0  #: a prefill or decode may take so many times what was expected
+LOST_IDLE_S = 10.0  #: a stream of a node that answers no polls may be silent for so long
+
+
 def first_byte_limit_s(limits: Limits, rec: Record) -> float:
     """How long the attempt of ``rec`` may stay without an answer.
 
     Ollama sends nothing, not even the head, before the first token; an answer that is not streamed comes
-    whole at its end. A load adds its own limit, and so does the queue that the decision expected.
+    whole at its end. A load adds its own limit; the queue and the work that the decision expected are added
+    too, the latter with room for an estimate that is wrong by a factor.
     """
     streamed = rec.ask is None or rec.ask.stream
     limit_s = limits.first_byte_s if streamed else limits.whole_answer_s
@@ -36,7 +41,9 @@ def first_byte_limit_s(limits: Limits, rec: Record) -> float:
     if rec.flight.load:
         limit_s += limits.load_s
     chosen = rec.decisions[-1].chosen if rec.decisions else None
-    return limit_s + (chosen.terms.get("wait_s", 0.0) if chosen else 0.0)
+    terms = chosen.terms if chosen else {}
+    work_s = terms.get("prefill_s", 0.0) + (0.0 if streamed else terms.get("decode_s", 0.0))
+    return limit_s + terms.get("wait_s", 0.0) + ESTIMATE_ROOM * work_s
 
 
 class Timeouts:
@@ -116,11 +123,13 @@ class Timeouts:
         rec = record.of(flow)
         if rec is None:
             return
+        lost = rec.node is not None and rec.node.poll_error is not None
+        limit_s = min(LOST_IDLE_S, self.limits.idle_s) if lost else self.limits.idle_s
         silent_s = self.dispatch.now() - (rec.last_byte_s or 0.0)
-        if silent_s >= self.limits.idle_s:
-            self.abort(flow, f"nothing came for {self.limits.idle_s:g} s")
+        if silent_s >= limit_s:
+            self.abort(flow, f"nothing came for {silent_s:.0f} s")
         else:
-            self._arm(flow, self.limits.idle_s - silent_s, self._idle, "")
+            self._arm(flow, limit_s - silent_s, self._idle, "")
 
     def response(self, flow: http.HTTPFlow) -> None:
         """Over, well."""
@@ -143,9 +152,20 @@ class Timeouts:
     # -- ending an attempt ----------------------------------------------------------------------------
 
     def _node_lost(self, node: Node, reason: str) -> None:
-        """Every attempt on a node that stopped answering ends now, instead of at its own limit."""
+        """What waits on a node that stopped answering moves now, instead of at its own limit.
+
+        A node may only be too busy to answer polls: a stream that still flows goes on, and so does a request
+        that no other node could take.
+        """
         for flow in list(self.dispatch.in_flight.get(node, ())):
-            self.abort(flow, reason)
+            rec = record.of(flow)
+            if rec is None:
+                continue
+            if rec.first_byte_s is not None:
+                self._disarm(flow)
+                self._idle(flow, "")
+            elif self.dispatch.elsewhere(rec, node, reason):
+                self.abort(flow, reason)
 
     def abort(self, flow: http.HTTPFlow, reason: str) -> None:
         """Break the upstream connection of ``flow``; its stream then fails over, or ends with an error."""

@@ -17,7 +17,7 @@ from proxy_addon.settings import Settings
 FAST: dict[str, Any] = {
     "poll": {"interval_s": 0.1, "timeout_s": 0.4, "failures_to_lose": 2},
     "discovery": {"mdns": False, "ollama_host": False, "localhost": False},
-    "retry": {"backoff_s": 0.02, "backoff_max_s": 0.1, "budget_min_per_s": 100},
+    "retry": {"backoff_s": 0.02, "backoff_max_s": 0.1},
 }
 
 

@@ -171,6 +171,45 @@ async def test_a_node_killed_while_it_works_loses_nothing_that_had_not_begun(fle
     complete(await waiting, BY_NAME["chat"])
 
 
+async def test_a_node_that_dies_with_a_hundred_requests_loses_none_of_them() -> None:
+    nodes = [await FakeOllama(num_parallel=8).start() for _ in range(2)]
+    nodes[0].hold_tokens()
+    way = BY_NAME["chat-whole"]
+    prompts = [f"[[id:r{i}]] [[n:3]]" for i in range(200)]
+    connector = aiohttp.TCPConnector(limit=0)
+    async with (
+        RunningProxy(nodes, placement="round_robin") as proxy,
+        aiohttp.ClientSession(connector=connector) as session,
+    ):
+        asking = asyncio.gather(*(ask(session, proxy.url, way, prompt) for prompt in prompts))
+        await nodes[0].wait_received(100, path=way.path, timeout_s=30)
+        await nodes[0].kill()
+        heards = await asking
+    for heard, prompt in zip(heards, prompts, strict=True):
+        complete(heard, way, prompt)
+    await nodes[1].stop()
+
+
+async def test_a_busy_node_that_answers_no_polls_keeps_what_flows_and_what_has_nowhere_to_go() -> None:
+    node = await FakeOllama().start()
+    prompt = "[[id:slow]] [[n:2500]]"
+    async with RunningProxy([node]) as proxy, aiohttp.ClientSession() as session:
+        streaming = asyncio.create_task(ask(session, proxy.url, BY_NAME["generate"], prompt))
+        await node.wait_received(1, path="/api/generate")
+        waiting = asyncio.create_task(ask(session, proxy.url, BY_NAME["chat-whole"], PROMPT))  # for the slot
+        await node.wait_received(1, path="/api/chat")
+        for path in ("/api/ps", "/api/version", "/api/tags"):
+            node.fail(hang("before_head", path=path, times=None))
+        async with asyncio.timeout(30):
+            while proxy.sollol.fleet.nodes[node.host_port].poll_error is None:
+                await asyncio.sleep(0.01)
+        assert not streaming.done() and not waiting.done()
+        complete(await streaming, BY_NAME["generate"], prompt)
+        complete(await waiting, BY_NAME["chat-whole"])
+    node.heal()
+    await node.stop()
+
+
 async def test_a_hung_node_is_noticed_by_its_polls_long_before_the_first_byte_limit() -> None:
     nodes = [await FakeOllama().start() for _ in range(2)]
     limits = {"first_byte_s": 300, "whole_answer_s": 300}
