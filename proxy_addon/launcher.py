@@ -1,7 +1,8 @@
 """The proxy as a process: a lean Master, uvloop, a clear word before anything is started half.
 
 mitmdump spends half of a request's time in its forty default addons; this Master has the few that a gateway
-needs, and ours. Everything else is mitmproxy's own.
+needs, and ours. Everything else is mitmproxy's own. There is no TLS: its addon would write a certificate
+authority into the user's home, and end the start where there is no home, as under systemd's DynamicUser.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from mitmproxy.addons import (
     errorcheck,
     next_layer,
     proxyserver,
-    tlsconfig,
 )
 
 from agent import notify
@@ -44,7 +44,6 @@ class LeanMaster(master.Master):
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),
-            tlsconfig.TlsConfig(),
             disable_h2c.DisableH2C(),
             errorcheck.ErrorCheck(),
             self.sollol,

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+
 from mitmproxy import ctx
-from mitmproxy.proxy.layer import NextLayer
+from mitmproxy.net.tls import starts_like_tls_record
+from mitmproxy.proxy import commands, events
+from mitmproxy.proxy.layer import CommandGenerator, Layer, NextLayer
 
 from proxy_addon.http_stream import install
+
+log = logging.getLogger(__name__)
 
 
 class Layers:
     """Lets mitmproxy choose the layer, then makes the choice ours."""
 
     def next_layer(self, next_layer: NextLayer) -> None:
-        """Decide first what mitmproxy would decide (it does nothing the second time), then replace."""
-        ctx.master.addons.get("nextlayer").next_layer(next_layer)
+        """Decide first what mitmproxy would decide (it does nothing the second time), then replace.
+
+        TLS is taken only where it was loaded into a mitmdump, whose owner may have given it a certificate.
+        """
+        addons = ctx.master.addons
+        if addons.get("tlsconfig") is None and starts_like_tls_record(next_layer.data_client()):
+            next_layer.layer = PlainOnly(next_layer.context)
+            return
+        addons.get("nextlayer").next_layer(next_layer)
         install(next_layer)
+
+
+class PlainOnly(Layer):
+    """Closes a connection that begins with TLS, where mitmproxy without certificates would let it hang."""
+
+    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
+        if isinstance(event, events.Start):
+            client = self.context.client
+            log.info("%s speaks TLS, but this port is plain HTTP: use http://.", client.peername[0])
+            yield commands.CloseConnection(client)

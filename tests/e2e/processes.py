@@ -51,7 +51,7 @@ class Fleet:
     regular: str = ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, *arguments: str) -> None:
+    def start(self, name: str, *arguments: str, **env: str) -> None:
         """Start ``sollol ARGUMENTS`` with a state directory of its own."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -59,7 +59,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "XDG_STATE_HOME": str(self.folder / f"state-{name}")},
+                env={**os.environ, "XDG_STATE_HOME": str(self.folder / f"state-{name}"), **env},
             )
 
     def start_node(self, port: int) -> None:
@@ -84,6 +84,7 @@ class Fleet:
             "--mode", f"regular@127.0.0.1:{regular_port}", "--state-dir", str(self.folder / "state"),
             "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
             "--set", "discovery.localhost=false", "--set", "poll.interval_s=0.2",
+            HOME="/proc",  # nobody can write there: it must not want to, as a system service has no home
         )  # fmt: skip
         self.wait_up()
 

@@ -100,9 +100,17 @@ async def test_tunnels_are_refused(house: House) -> None:
         got = await curl("--proxy", via, "--proxytunnel", f"{target}/api/tags")
         assert (got.code, got.statuses) == (56, [403])
         assert "403" in got.said
-    through_socks = ("--socks5-hostname", house.at("socks5"))
-    got = await curl(*through_socks, "https://example.test/", "--max-time", "20")
-    assert got.code not in (0, 28) and got.statuses == []  # TLS is closed, not left hanging
+
+
+async def test_tls_is_closed_at_once(house: House) -> None:
+    """Where no certificates are, none are made up, and nobody waits for them."""
+    for how in (
+        (house.url.replace("http", "https"),),
+        ("https://example.test", "--socks5-hostname", house.at("socks5")),
+        ("http://example.test", "--proxy", f"https://{house.at('regular')}"),
+    ):
+        got = await curl(*how, "--insecure", "--proxy-insecure", "--max-time", "20")
+        assert (got.code, got.statuses) == (35, [])
 
 
 async def test_all_modes_at_once(house: House) -> None:
