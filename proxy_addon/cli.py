@@ -6,6 +6,7 @@ modules as text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -64,8 +65,12 @@ def as_command(target: typer.Typer | Callable[..., Any]) -> Any:
     return typer.main.get_command(single)
 
 
+def _extra(module: str) -> str | None:
+    return next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
+
+
 def _missing(module: str) -> str:
-    extra = next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
+    extra = _extra(module)
     # By its path: PyPI has an unrelated distribution of the name sollol.
     brings = f': in SOLLOL\'s source folder, pip install ".[{extra}]" brings it' if extra else ""
     return f"the Python module {module} is missing{brings}"
@@ -98,4 +103,10 @@ def sollol(
 
 def main() -> None:
     """The console script."""
-    app(prog_name="sollol")
+    try:
+        app(prog_name="sollol")
+    except ModuleNotFoundError as exc:  # imported only while a command runs, as the demo's clients are
+        if _extra(exc.name or "") is None:
+            raise
+        typer.echo(f"sollol: {_missing(exc.name or '')}", err=True)
+        sys.exit(1)

@@ -169,6 +169,22 @@ def test_a_missing_module_is_told(name: str, sentence: str, monkeypatch: pytest.
     assert (shown.exit_code, shown.output) == (1, sentence)
 
 
+@pytest.mark.parametrize(("name", "told"), [("ollama", True), ("surely_not_there", False)])
+def test_a_module_that_a_running_command_misses(
+    name: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(prog_name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(cli, "app", missing)
+    with pytest.raises(SystemExit if told else ModuleNotFoundError) as ended:
+        cli.main()
+    brings = 'in SOLLOL\'s source folder, pip install ".[demo]" brings it'
+    sentence = f"sollol: the Python module ollama is missing: {brings}\n"
+    assert capsys.readouterr().err == (sentence if told else "")
+    assert not told or (isinstance(ended.value, SystemExit) and ended.value.code == 1)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """What the launcher was given in place of being run."""
