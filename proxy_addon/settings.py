@@ -83,7 +83,7 @@ class _Part(BaseModel):
 class Address(_Part):
     """A host and a port; written ``host:port``, ``[v6]:port``, ``:port`` or ``http://host:port``."""
 
-    host: str = Field(min_length=1)
+    host: str = Field(min_length=1, description="name or address")
     port: int = Field(OLLAMA_PORT, ge=0, le=65535)
 
     def __str__(self) -> str:
@@ -120,12 +120,14 @@ def _address(text: str) -> dict[str, Any]:
 class NodeSettings(Address):
     """A node that is always part of the fleet."""
 
-    port: int = Field(OLLAMA_PORT, ge=1, le=65535)
-    kind: NodeKind = "ollama"
+    port: int = Field(OLLAMA_PORT, ge=1, le=65535, description="where its Ollama listens")
+    kind: NodeKind = Field("ollama", description="what answers there: an Ollama, or `sollol shard serve`")
     agent: str | None = Field(None, description="base URL of its agent; default http://HOST:11435")
     parallel: PositiveInt = Field(1, description="its OLLAMA_NUM_PARALLEL, which Ollama does not report")
     priority: int = Field(5, ge=1, le=10, description="only the policy score reads it")
-    preferred_tasks: Annotated[frozenset[str], Listed] = frozenset()
+    preferred_tasks: Annotated[frozenset[str], Listed] = Field(
+        frozenset(), description="generation, embedding; only the policy score reads it"
+    )
 
     @field_validator("agent")
     @classmethod
@@ -136,9 +138,11 @@ class NodeSettings(Address):
 class Discovery(_Part):
     """Where nodes are found besides ``nodes``."""
 
-    mdns: bool = True
+    mdns: bool = Field(True, description="agents that announce themselves on the local network")
     ollama_host: bool = Field(True, description="the server that $OLLAMA_HOST names")
-    localhost: bool = Field(True, description="this machine's Ollama")
+    localhost: bool = Field(
+        True, description="this machine's Ollama at 127.0.0.1:11434, where nobody is named"
+    )
     agents: bool = Field(True, description="look for agents that nobody named, at http://HOST:11435")
     dns_refresh_s: PositiveFloat = Field(30, description="how often names of nodes are resolved again")
 
@@ -152,7 +156,7 @@ class Pull(_Part):
 class Timeouts(_Part):
     """Limits of one attempt on one node."""
 
-    connect_s: PositiveFloat = 2
+    connect_s: PositiveFloat = Field(2, description="to an established connection")
     first_byte_s: PositiveFloat = Field(120, description="to the first byte of an answer, model resident")
     load_s: PositiveFloat = Field(600, description="added to first_byte_s where the model must be loaded")
     idle_s: PositiveFloat = Field(300, description="between two pieces of a streamed answer")
@@ -164,17 +168,17 @@ class Retry(_Part):
 
     rounds: PositiveInt = Field(5, description="tries of every candidate until the client gets an error")
     backoff_s: NonNegativeFloat = Field(0.1, description="the first pause, once all candidates were tried")
-    backoff_max_s: NonNegativeFloat = 2
+    backoff_max_s: NonNegativeFloat = Field(2, description="the longest pause; each is twice the one before")
     budget_ratio: NonNegativeFloat = Field(0.2, description="retries per request over budget_window_s")
-    budget_min_per_s: NonNegativeFloat = Field(3, description="retries that are always allowed")
-    budget_window_s: PositiveFloat = 10
+    budget_min_per_s: NonNegativeFloat = Field(3, description="retries that are always allowed, besides")
+    budget_window_s: PositiveFloat = Field(10, description="over which requests and retries are counted")
 
 
 class Poll(_Part):
     """The active look at every node."""
 
-    interval_s: PositiveFloat = 1
-    timeout_s: PositiveFloat = 3
+    interval_s: PositiveFloat = Field(1, description="between two looks")
+    timeout_s: PositiveFloat = Field(3, description="until a poll counts as failed")
     failures_to_lose: PositiveInt = Field(2, description="failed polls in a row until a node counts as lost")
 
 
@@ -199,14 +203,20 @@ class Guard(_Part):
 class Settings(_Part):
     """The whole tree."""
 
-    listen: Address = Address(host="127.0.0.1", port=OLLAMA_PORT)
-    modes: Annotated[tuple[Mode, ...], Listed] = Field(
-        (), description="further modes, as mitmproxy writes them"
+    listen: Address = Field(
+        Address(host="127.0.0.1", port=OLLAMA_PORT), description="where apps find the fleet"
     )
-    nodes: Annotated[tuple[NodeSettings, ...], Listed] = ()
+    modes: Annotated[tuple[Mode, ...], Listed] = Field(
+        (), description="further ways to listen: regular, socks5, transparent, reverse; see operations.md"
+    )
+    nodes: Annotated[tuple[NodeSettings, ...], Listed] = Field(
+        (), description="Ollama servers; each a host:port or a table as below"
+    )
     discovery: Discovery = Discovery()
-    placement: Policy = "finish_time"
-    routing_metadata: Literal["headers", "body"] = "headers"
+    placement: Policy = Field("finish_time", description="how a node is chosen; see placement.md")
+    routing_metadata: Literal["headers", "body"] = Field(
+        "headers", description="where answers name their node; body has no effect yet"
+    )
     pull: Pull = Pull()
     signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")
     timeouts: Timeouts = Timeouts()
@@ -214,7 +224,10 @@ class Settings(_Part):
     poll: Poll = Poll()
     guard: Guard = Guard()
     agent_token: SecretStr | None = Field(None, description="bearer token that the agents ask for")
-    state_dir: Path = Field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
+    state_dir: Path = Field(
+        default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"),
+        description="learned speeds and the journal of requests",
+    )
 
     @field_validator("signed_in_node")
     @classmethod
