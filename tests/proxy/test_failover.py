@@ -254,6 +254,32 @@ async def test_a_stream_that_breaks_off_ends_in_its_own_protocol_with_an_explici
     complete(await fleet.ask(way), way)  # the same client connection goes on
 
 
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai"], BY_NAME["chat-whole"]], ids=str)
+@pytest.mark.parametrize("action", ["rst", "fin"])
+async def test_a_connection_that_ends_at_any_byte_leaves_a_whole_answer_or_an_explicit_error(
+    fleet: Fleet, way: Way, action: str
+) -> None:
+    complete(await fleet.ask(way), way)
+    complete(await fleet.ask(way), way)
+    size = max(record.sent_bytes for node in fleet.nodes for record in node.requests(way.path))
+    told = 0
+    for cut in range(0, size, size // 40):
+        fleet.fail_once(Fault(action, "after_bytes", path=way.path, bytes=cut))  # type: ignore[arg-type]
+        heard = await fleet.ask(way)
+        assert not heard.broken, f"cut at byte {cut}"
+        if heard.error is None:
+            complete(heard, way)
+        else:
+            told += 1
+            assert way.stream and heard.status == 200 and not heard.ended, f"cut at byte {cut}"
+            check_stream(heard.text, PROMPT, complete=False)
+        for node in fleet.nodes:
+            node.heal()
+            proxy_node = fleet.proxy.sollol.fleet.nodes[node.host_port]
+            proxy_node.health = type(proxy_node.health)()  # forty faults in a row are not the point here
+    assert (told > 0) is way.stream
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)
 @pytest.mark.parametrize("moment", ["before_end", "mid_line"])
 async def test_an_answer_that_is_not_a_stream_is_replaced_even_at_its_last_byte(
@@ -342,4 +368,27 @@ async def test_two_hundred_streams_over_failing_nodes_keep_every_token_apart() -
         complete(heard, way, prompt)
     for node in nodes:
         node.heal()
+        await node.stop()
+
+
+async def test_a_client_that_leaves_while_its_request_waits_for_another_round_is_forgotten_at_once() -> None:
+    nodes = [await FakeOllama().start() for _ in range(2)]
+    for node in nodes:
+        node.fail(named("busy", path="/api/chat", times=None))
+    patient = {"backoff_s": 60, "backoff_max_s": 60}
+    async with RunningProxy(nodes, retry=patient) as proxy, aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(ask(session, proxy.url, BY_NAME["chat"], PROMPT))
+        for node in nodes:
+            await node.wait_received(1, path="/api/chat")
+        asking.cancel()
+        async with asyncio.timeout(10):
+            while True:
+                async with session.get(f"{proxy.url}/sollol/decisions") as answer:
+                    decisions = (await answer.json())["requests"]
+                if decisions:
+                    break
+                await asyncio.sleep(0.01)
+    assert decisions[0]["outcome"] == "client_left"
+    assert [len(node.requests("/api/chat")) for node in nodes] == [1, 1]
+    for node in nodes:
         await node.stop()
