@@ -18,17 +18,15 @@ from time import time
 from typing import Any, Literal
 from weakref import WeakSet
 
-import h11
 from mitmproxy import flow as mitm_flow
 from mitmproxy import http
 from mitmproxy.connection import Server
-from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers.http import (
     DropStream,
     GetHttpConnection,
     HttpErrorHook,
     HttpEvent,
-    HttpLayer,
     HttpResponseHeadersHook,
     HttpResponseHook,
     HttpStream,
@@ -41,7 +39,6 @@ from mitmproxy.proxy.layers.http import (
     ResponseHeaders,
     ResponseProtocolError,
     SendHttp,
-    _http1,
 )
 from mitmproxy.proxy.layers.http._base import HttpCommand
 
@@ -93,7 +90,9 @@ class SollolNextChunkHook(commands.StartHook):
 
 
 @dataclass
-class _ForgetUpstream(HttpCommand):
+class ForgetUpstream(HttpCommand):
+    """Tells the layer above to drop an upstream connection and its state machine."""
+
     connection: Server
 
 
@@ -277,7 +276,7 @@ class FleetStream(HttpStream):
             if ended:
                 yield from self.server_state(event)
             return
-        yield _ForgetUpstream(self.context.server)
+        yield ForgetUpstream(self.context.server)
         failure = Failure(self.flow, verdict, detail, status=500)
         if (yield from self._ask(failure)):
             yield from self._settle(failure)
@@ -309,7 +308,7 @@ class FleetStream(HttpStream):
                 self.state_consume_response_body,
                 self.state_hold,
             ):
-                yield _ForgetUpstream(self.context.server)
+                yield ForgetUpstream(self.context.server)
                 replayable = self._replayable_request()
                 failure = Failure(
                     self.flow, "reset", event.message, reused=self._reused, replayable=replayable
@@ -330,7 +329,7 @@ class FleetStream(HttpStream):
 
     def _end_cut_stream(self, reason: str, tail: bytes) -> Commands:
         """Append ``tail`` to an answer that broke off and end it well-framed."""
-        yield _ForgetUpstream(self.context.server)
+        yield ForgetUpstream(self.context.server)
         self.flow.error = mitm_flow.Error(reason)
         yield HttpErrorHook(self.flow)
         self.server_state = self.state_done
@@ -359,95 +358,3 @@ def _final(failure: Failure) -> http.Response:
 #: Upstream connections that have carried a request: a reset on one of them says nothing about the node,
 #: which may just have closed an idle connection.
 _USED: WeakSet[Server] = WeakSet()
-
-
-class FleetLayer(HttpLayer):
-    """The HTTP layer that makes :class:`FleetStream` and forgets upstream connections when told to."""
-
-    def make_stream(self, stream_id: int) -> Commands:
-        """As the parent, with our stream."""
-        self.streams[stream_id] = FleetStream(self.context.fork(), stream_id)
-        yield from self.event_to_child(self.streams[stream_id], events.Start())
-
-    def event_to_child(self, child: layer.Layer, event: events.Event) -> Commands:
-        """As the parent; also carries out :class:`_ForgetUpstream`."""
-        for command in super().event_to_child(child, event):
-            if isinstance(command, _ForgetUpstream):
-                # Its state machine must go first: a late ConnectionClosed would hit the retried stream.
-                if self.connections.pop(command.connection, None) and command.connection.connected:
-                    yield commands.CloseConnection(command.connection)
-            else:
-                yield command
-
-    def get_connection(self, event: GetHttpConnection, *, reuse: bool = True) -> Commands:
-        """As the parent, but a failed connect is not remembered: the node may be back."""
-        for connection in [c for c in self.connections if isinstance(c, Server) and c.error]:
-            if connection not in self.waiting_for_establishment:
-                del self.connections[connection]
-        yield from super().get_connection(event, reuse=reuse)
-
-    def _handle_event(self, event: events.Event) -> Commands:
-        if (
-            isinstance(event, events.ConnectionEvent)
-            and event.connection not in self.connections
-            and event.connection is not self.context.server
-        ):
-            return  # the last words of a forgotten connection
-        yield from _coalesced(super()._handle_event(event))
-
-
-def _coalesced(source: Commands) -> Commands:
-    """``source`` with neighbouring pieces for one connection made one: a head and its body are one packet.
-
-    Each piece would be a send of its own, and sending is what a small request costs most.
-    """
-    waiting: commands.SendData | None = None
-    for command in source:
-        if isinstance(command, commands.SendData):
-            if waiting is not None and waiting.connection is command.connection:
-                waiting.data += command.data
-                continue
-            waiting, command = command, waiting
-            if command is None:
-                continue
-        elif waiting is not None and not isinstance(command, commands.Log):
-            yield waiting
-            waiting = None
-        yield command
-    if waiting is not None:
-        yield waiting
-
-
-def install(next_layer: layer.NextLayer) -> None:
-    """Put :class:`FleetLayer` in place of an HttpLayer that ``next_layer`` has just chosen, however deep."""
-    candidate: Any = next_layer.layer
-    while candidate is not None:
-        if type(candidate) is HttpLayer:
-            candidate.__class__ = FleetLayer
-        candidate = getattr(candidate, "child_layer", None)
-
-
-class _WithoutTrailers:
-    """A body reader that drops trailers, as RFC 9110 §6.5.1 allows; mitmproxy raises on them and hangs."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def __call__(self, buffer: Any) -> Any:
-        return self._bare(self._reader(buffer))
-
-    def read_eof(self) -> Any:
-        return self._bare(self._reader.read_eof())
-
-    @staticmethod
-    def _bare(event: Any) -> Any:
-        return h11.EndOfMessage() if isinstance(event, h11.EndOfMessage) and event.headers else event
-
-
-def _make_body_reader(expected_size: int | None) -> Any:
-    reader = _parent_body_reader(expected_size)
-    return _WithoutTrailers(reader) if expected_size is None else reader
-
-
-_parent_body_reader = _http1.make_body_reader
-_http1.make_body_reader = _make_body_reader

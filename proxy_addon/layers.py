@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 
 from mitmproxy import ctx
+from mitmproxy.addonmanager import Loader
 from mitmproxy.net.tls import starts_like_tls_record
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layer import CommandGenerator, Layer, NextLayer
 
-from proxy_addon.http_stream import install
+from proxy_addon import trailers
+from proxy_addon.http_layer import install
 
 log = logging.getLogger(__name__)
 
 
 class Layers:
     """Lets mitmproxy choose the layer, then makes the choice ours."""
+
+    def load(self, _loader: Loader) -> None:
+        """Mend what hangs below the layers."""
+        trailers.drop()
 
     def next_layer(self, next_layer: NextLayer) -> None:
         """Decide first what mitmproxy would decide (it does nothing the second time), then replace.
