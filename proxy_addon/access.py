@@ -15,6 +15,7 @@ from proxy_addon.settings import OLLAMA_PORT
 HOPS_HEADER = "x-sollol-hops"  #: the proxies that a request has come through, comma-separated
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal")  # Ollama server/routes.go allowedHost
+LONGEST_LENGTH = 18  #: digits of a Content-Length: an exabyte
 NAMED_NODES = 10  #: so that a sentence about a large fleet stays a sentence
 
 
@@ -129,7 +130,7 @@ def framing(headers: Mapping[str, str]) -> Refusal | None:
     if coding != "chunked":
         return Refusal(501, f"transfer-encoding {coding} is not understood here")
     length = headers.get("content-length", "0")
-    if not (length.isascii() and length.isdecimal()):
+    if not (length.isascii() and length.isdecimal() and len(length) <= LONGEST_LENGTH):
         return Refusal(400, f"content-length {length[:40]} is not a number")
     if "trailer" in headers:
         return Refusal(400, "request trailers are not understood here")

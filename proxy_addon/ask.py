@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ from proxy_addon.endpoints import ENDPOINTS, Endpoint, Handling, Task
 BYTES_PER_TOKEN = 4.0  #: English text in common BPE vocabularies; learning corrects it per model
 TOKENS_PER_IMAGE = 768  #: between gemma3's 256 and llava's 2,880: an image is worth a long paragraph
 ZSTD_LIMIT_BYTES = 20 << 20  #: Ollama's own cap on a decoded /v1 body
+LARGEST_INT = (1 << 63) - 1  #: that of Ollama, and of the JSON in which the journal is written
 
 #: Options that make Ollama reload a runner when they change (``server/sched.go`` ``needsReload``).
 RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
@@ -123,7 +125,7 @@ def _json(endpoint: Endpoint, headers: Mapping[str, str], content: bytes) -> dic
 
 def _unzstd(content: bytes) -> bytes:
     try:
-        with zstandard.ZstdDecompressor().stream_reader(content) as reader:
+        with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as reader:
             plain = reader.read(ZSTD_LIMIT_BYTES + 1)
     except zstandard.ZstdError as exc:
         raise BadRequest(400, f"the request body is not valid zstd: {exc}") from exc
@@ -156,6 +158,8 @@ def _int(body: Mapping[str, Any], name: str) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise BadRequest(400, f"{name} must be a whole number, not {type(value).__name__}")
+    if abs(value) > LARGEST_INT:
+        raise BadRequest(400, f"{name} must be a whole number of at most 63 bits")
     return int(value)
 
 
@@ -216,17 +220,33 @@ def _measure(body: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _form_field(content_type: str, content: bytes, name: str) -> str:
-    """The text of one field of a multipart form.
+    """The text of one field of a multipart form, "" if it has none of that ``name``.
 
     Raises:
         BadRequest: if the body is no multipart form with a boundary.
     """
-    _, _, boundary = content_type.partition("boundary=")
-    boundary = boundary.split(";")[0].strip().strip('"')
-    if "multipart/form-data" not in content_type or not boundary:
+    kind, boundary = _parameter(content_type, "boundary")
+    if kind != "multipart/form-data" or not boundary:
         raise BadRequest(400, "expected a multipart/form-data body with a boundary")
     for part in content.split(b"--" + boundary.encode()):
         head, separator, value = part.partition(b"\r\n\r\n")
-        if separator and f'name="{name}"'.encode() in head:
+        if separator and _field_name(head) == name:
             return value.removesuffix(b"\r\n").decode("utf-8", "replace")
     return ""
+
+
+def _field_name(head: bytes) -> str | None:
+    """The name of the form field whose part begins with ``head``; a file's name is another thing."""
+    for line in head.decode("utf-8", "replace").splitlines():
+        header, _, value = line.partition(":")
+        if header.strip().lower() == "content-disposition":
+            return _parameter(value, "name")[1]
+    return None
+
+
+def _parameter(header: str, name: str) -> tuple[str, str | None]:
+    """The value of a header without its parameters, in lower case, and the parameter ``name``."""
+    message = Message()
+    message["content-type"] = header.strip()
+    found = message.get_param(name)
+    return header.partition(";")[0].strip().lower(), found if isinstance(found, str) else None

@@ -88,8 +88,8 @@ class Failover:
             self.suspect(node)
         elif meaning is Meaning.FULL:
             node.full_until_s = now_s + FULL_S
-        elif rec.ask is not None and meaning is Meaning.STALE:
-            self.dispatch.fleet.forget_model(node, rec.ask.key)
+        elif meaning is Meaning.STALE:
+            # Its list decides, not this answer: the name may be one that only this endpoint does not take.
             self.suspect(node)
         elif rec.ask is not None and meaning is Meaning.TOO_SMALL:
             node.unfit_until_s[rec.ask.key] = now_s + UNFIT_S

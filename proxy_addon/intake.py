@@ -26,6 +26,14 @@ class Intake:
         rec.endpoint = match(path)
         if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
             rec.body_limit_bytes = self.body_limit_bytes
+        if rec.endpoint is not None and path.rstrip("/") == rec.endpoint.path != path:
+            # A node would redirect, and not to here but past the proxy.
+            flow.request.path = rec.endpoint.path + flow.request.path.removeprefix(path)
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """Whoever asked with HEAD gets the head alone: a body would be read as the next answer."""
+        if flow.request.method == "HEAD" and flow.response is not None:
+            flow.response.data.content = b""  # the length stays that of the body which a GET would bring
 
 
 class Understand:

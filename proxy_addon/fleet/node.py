@@ -153,10 +153,6 @@ class Fleet:
         """Whether no node that could be asked has the model ``key``: then it does not exist here."""
         return not any(key in node.models for node in self)
 
-    def forget_model(self, node: Node, key: str) -> None:
-        """``node`` said that it has no model ``key``: its inventory was out of date."""
-        node.models.pop(key, None)
-
     def lost(self, node: Node, reason: str) -> None:
         """Tell everybody who waits for ``node`` that it is gone."""
         for callback in self.on_lost:

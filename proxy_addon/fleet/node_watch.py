@@ -59,7 +59,7 @@ class NodeWatch:
         on_models: Callable[[Node], None],
     ) -> None:
         self.node = node
-        self.wake = asyncio.Event()  #: set: the next round begins at once
+        self._wake = asyncio.Event()  #: set: the next round begins at once
         self.looked = asyncio.Event()  #: set once the node is lost, or up and its models have been asked for
         self.errors = 0
         self._fleet = fleet
@@ -72,6 +72,7 @@ class NodeWatch:
         self._headers: dict[str, str] = {}
         access.stamp(self._headers, proxy_id)
         self._round = 0
+        self._doubtful = False  #: a request saw it fail: the next round looks at everything
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._tags = asyncio.Lock()
         self._seen: dict[str, tuple[bytes, dict[str, Any]]] = {}
@@ -100,6 +101,11 @@ class NodeWatch:
             finally:
                 self.looked.set()
 
+    def suspect(self) -> None:
+        """Look at the node at once, its models included: a request found something wrong there."""
+        self._doubtful = True
+        self._wake.set()
+
     def _begin[T](
         self, name: str, look: Callable[[], Coroutine[Any, Any, T]]
     ) -> asyncio.Task[T | None] | None:
@@ -115,17 +121,18 @@ class NodeWatch:
         loop = asyncio.get_running_loop()
         while True:
             begun_s = loop.time()
-            self.wake.clear()
+            self._wake.clear()
             await self._guarded(self._look)
             pause_s = self._poll.interval_s * random.uniform(1 - JITTER, 1 + JITTER)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(max(begun_s + pause_s, loop.time())):
-                    await self.wake.wait()
+                    await self._wake.wait()
 
     async def _look(self) -> None:
         """One round."""
         loop = asyncio.get_running_loop()
-        slow = self._round % SLOW_EVERY == 0
+        slow = self._doubtful or self._round % SLOW_EVERY == 0
+        self._doubtful = False
         begun_s = loop.time()
         self._begin("agent", self._agent.look)
         try:

@@ -69,9 +69,9 @@ class Watch:
         await asyncio.gather(*(watch.refresh() for watch in watched))
 
     def suspect(self, node: Node) -> None:
-        """A request saw ``node`` refuse or reset: poll it at once."""
+        """A request saw ``node`` fail, or miss a model that it was said to have: poll it at once."""
         if watch := self._watched.get(node.name):
-            watch.wake.set()
+            watch.suspect()
 
     async def _follow_always(self) -> None:
         while True:

@@ -187,9 +187,21 @@ async def test_a_model_that_a_request_found_missing_returns_with_the_next_list(
     found = watched(fake, poll={"interval_s": 3600})
     await found.watch.looked()
     node = only(found.fleet)
-    found.fleet.forget_model(node, LLAMA)
+    node.models.pop(LLAMA)
     await found.watch.refresh([node])
     assert LLAMA in node.models
+
+
+async def test_suspicion_reads_the_models_anew_at_once(
+    ollama_node: NodeFactory, watched: WatchFactory
+) -> None:
+    fake = await ollama_node()
+    found = watched(fake, poll={"interval_s": 3600})
+    await found.watch.looked()
+    node = only(found.fleet)
+    fake.store.remove("llama3.2")
+    found.watch.suspect(node)
+    await until(lambda: LLAMA not in node.models)
 
 
 async def test_suspicion_polls_at_once(ollama_node: NodeFactory, watched: WatchFactory) -> None:
