@@ -50,6 +50,7 @@ TABLE: tuple[Row, ...] = (
     _row(503, r"", Meaning.FULL),
     _row(429, r"", Meaning.FULL),
     _row(404, r"model .* not found|not found, try pulling", Meaning.STALE),
+    _row(508, r"come back to the proxy", Meaning.STALE),  # another SOLLOL, which has the model only from us
     _row(500, r"out[- ]of[- ]memory|cudaMalloc failed|failed to allocate", Meaning.TOO_SMALL),
     _row(500, r"requires more system memory|unable to load full model on GPU", Meaning.TOO_SMALL),
     _row(500, r"model requires .* but only .* (is|are) available", Meaning.TOO_SMALL),

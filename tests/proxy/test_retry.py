@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from proxy_addon import access
 from proxy_addon.endpoints import match
 from proxy_addon.retry import Budget, Meaning, backoff_s, classify, may_retry
+
+refusal = access.loop({access.HOPS_HEADER: "us"}, "us")
+LOOP = refusal.message if refusal else ""
 
 
 @pytest.mark.parametrize(
@@ -14,6 +18,7 @@ from proxy_addon.retry import Budget, Meaning, backoff_s, classify, may_retry
         ("/api/chat", 503, "server busy, please try again.  maximum pending requests exceeded", Meaning.FULL),
         ("/api/chat", 404, "model 'x' not found", Meaning.STALE),
         ("/api/embed", 404, 'model "x" not found, try pulling it first', Meaning.STALE),
+        ("/api/chat", 508, LOOP, Meaning.STALE),
         ("/api/chat", 500, "llama-server reported out-of-memory during startup: x", Meaning.TOO_SMALL),
         ("/api/chat", 500, "cudaMalloc failed: out of memory", Meaning.TOO_SMALL),
         ("/api/chat", 500, "model requires 9 GiB but only 4 GiB are available", Meaning.TOO_SMALL),
