@@ -7,15 +7,10 @@ it is gone afterwards. Each act states what it shows and fails the demo if it di
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,10 +22,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from proxy_addon.demo_stage import READY_LIMIT_S, DemoFailed, Stage, clean_environment, free_ports
+
 MODEL = "gemma3:270m"
 NODES = 3
 CONCURRENT = 12
-READY_LIMIT_S = 180.0  #: a slow disk assembles and loads the model; far above what a laptop needs
 STEP_LIMIT_S = 300.0
 
 #: The model is a base model, not tuned to chat: prompts that it can go on from.
@@ -42,104 +38,6 @@ PROMPTS = (
     "The first man on the moon was",
     "Bread is made of flour, water and",
 )
-
-
-class DemoFailed(Exception):
-    """Something that the demo was to show did not hold."""
-
-
-@dataclass
-class Service:
-    """A child process with its log."""
-
-    name: str
-    process: asyncio.subprocess.Process
-    log: Path
-
-    def tail(self, lines: int = 15) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-@dataclass
-class Stage:
-    """What runs, and where to print."""
-
-    console: Console
-    state: Path
-    session: aiohttp.ClientSession
-    port: int = 0
-    regular_port: int = 0
-    node_ports: list[int] = field(default_factory=list)
-    services: dict[str, Service] = field(default_factory=dict)
-
-    @property
-    def url(self) -> str:
-        """The proxy."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def act(self, title: str) -> None:
-        """Begin a part."""
-        self.console.rule(f"[bold]{title}", align="left")
-
-    def holds(self, fact: bool, sentence: str) -> None:
-        """Print what was shown; raise DemoFailed if it did not hold."""
-        if not fact:
-            raise DemoFailed(sentence)
-        self.console.print(f"[green]✓[/] {sentence}")
-
-    async def start(self, name: str, *arguments: str) -> None:
-        """Start ``sollol ARGUMENTS``; its output goes to a log."""
-        log = self.state / f"{name}.log"
-        with log.open("wb") as out:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                "from proxy_addon.cli import main; main()",
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
-                stderr=asyncio.subprocess.STDOUT,
-                # TMPDIR: a killed node cannot remove its own temporary directory.
-                env={
-                    **_clean_environment(),
-                    "XDG_STATE_HOME": str(self.state / name),
-                    "TMPDIR": str(self.state),
-                },
-            )
-        self.services[name] = Service(name, process, log)
-
-    async def stop(self) -> None:
-        """End every child: politely, then by force."""
-        running = [s.process for s in self.services.values() if s.process.returncode is None]
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                async with asyncio.timeout(10):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-
-    async def until(self, what: str, ready: Callable[[], Awaitable[bool]]) -> None:
-        """Wait for ``ready``, noticing a child that has died; raise DemoFailed with the reason."""
-        deadline_s = time.monotonic() + READY_LIMIT_S
-        while not await ready():
-            for service in self.services.values():
-                if service.process.returncode is not None:
-                    raise DemoFailed(f"{service.name} ended by itself:\n{service.tail()}")
-            if time.monotonic() > deadline_s:
-                raise DemoFailed(f"{what} took longer than {READY_LIMIT_S:.0f} s")
-            await asyncio.sleep(0.1)
-
-    async def get(self, url: str) -> Any:
-        """The JSON behind ``url``; None while nobody answers."""
-        try:
-            async with self.session.get(url) as answer:
-                return await answer.json(content_type=None) if answer.status == 200 else None
-        except aiohttp.ClientError:
-            return None
 
 
 def main(
@@ -198,7 +96,7 @@ async def _set_up(stage: Stage) -> None:
         model = Path(await asyncio.to_thread(assemble))
         progress.update(step, completed=1, total=1)
 
-        ports = _free_ports(2 * NODES + 2)
+        ports = free_ports(2 * NODES + 2)
         stage.port, stage.regular_port = ports[:2]
         stage.node_ports = ports[2 : 2 + NODES]
         agent_ports = ports[2 + NODES :]
@@ -301,7 +199,7 @@ async def _dozen(stage: Stage) -> None:
     )
     stage.holds(len(nodes) == NODES, f"the work went to {len(nodes)} nodes")
     stage.console.print(f"[dim]$ sollol explain {seen[-1]['id']}")
-    status, text = await _sollol(stage, "explain", seen[-1]["id"], "--url", stage.url)
+    status, text = await stage.sollol("explain", seen[-1]["id"], "--url", stage.url)
     stage.console.print(text, markup=False)
     stage.holds(status == 0, "sollol explain tells every candidate and every term")
 
@@ -377,7 +275,7 @@ async def _http_proxy(stage: Stage) -> None:
         f"model={MODEL!r}, prompt={PROMPTS[2]!r}, options={{'temperature': 0, 'num_predict': 24}})\n"
         "assert answer.done\nprint(answer.response)\n"
     )
-    environment = {**_clean_environment(), "HTTP_PROXY": f"http://127.0.0.1:{stage.regular_port}"}
+    environment = {**clean_environment(), "HTTP_PROXY": f"http://127.0.0.1:{stage.regular_port}"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, env=environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -391,17 +289,6 @@ async def _http_proxy(stage: Stage) -> None:
     )
 
 
-async def _sollol(stage: Stage, *arguments: str) -> tuple[int, str]:
-    """Run ``sollol ARGUMENTS``; its status and output."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from proxy_addon.cli import main; main()", *arguments,
-        env={**_clean_environment(), "COLUMNS": str(stage.console.width)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    return process.returncode or 0, out.decode(errors="replace").rstrip()
-
-
 async def _answers(stage: Stage, url: str) -> bool:
     return await stage.get(url) is not None
 
@@ -412,20 +299,3 @@ async def _fleet_is_up(stage: Stage) -> bool:
     if not (tags and tags["models"] and fleet):
         return False
     return [row["state"] for row in fleet["nodes"]] == ["up"] * NODES
-
-
-def _clean_environment() -> dict[str, str]:
-    """The environment without what would lead clients or the proxy elsewhere."""
-    elsewhere = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ollama_host")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.lower() not in elsewhere and not name.startswith("SOLLOL_")
-    }
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free just now; all are held until the last is known, so that none is given twice."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(sock.getsockname()[1]) for sock in sockets]
