@@ -14,7 +14,7 @@ from typing import Any
 import ollama
 import pytest
 
-from tests.e2e.house import CHAT, EMBED, LONE, REMOTE, House, Sent
+from tests.e2e.house import CHAT, EMBED, LONE, REMOTE, House, Sent, open_house
 from tests.fakes.engine import embedding, normalised
 from tests.fakes.faults import Fault
 from tests.fakes.tokens import check_stream, expected_text, expected_thinking
@@ -163,6 +163,17 @@ async def _resident(call: Caller, names: set[str]) -> None:
     async with asyncio.timeout(10):
         while {row.model for row in (await call("ps")).models} != names:
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.xfail(strict=True, reason="ps is answered from the last poll, up to poll.interval_s old")
+async def test_ps_knows_what_was_just_loaded_and_unloaded() -> None:
+    """``ollama run x; ollama ps; ollama stop x; ollama ps``, as quick as a script is."""
+    async with open_house(poll={"interval_s": 3600.0}) as house:
+        client = ollama.AsyncClient(house.url)
+        await client.generate(LONE)
+        assert [row.model for row in (await client.ps()).models] == [f"{LONE}:latest"]
+        await client.generate(LONE, keep_alive=0)
+        assert (await client.ps()).models == []
 
 
 async def test_a_model_comes_is_renamed_sent_and_goes(house: House, call: Caller) -> None:
