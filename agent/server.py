@@ -87,6 +87,7 @@ class _Agent:
         return web.Response(text=report.model_dump_json(), content_type="application/json")
 
     def _hear(self, request: web.Request) -> None:
+        authenticated = self._authenticated(request)
         told = request.headers.get(in_flight.HEADER)
         if told is None:
             return
@@ -94,7 +95,7 @@ class _Agent:
             proxy_id, requests = in_flight.parse(told)
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        if self._authenticated(request) or is_loopback(request):
+        if authenticated or is_loopback(request):
             self._in_flight.tell(proxy_id, requests, self._clock())
             return
         self._ignored.inc()

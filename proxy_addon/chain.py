@@ -25,6 +25,7 @@ from agent import notify
 from proxy_addon.admin import Admin
 from proxy_addon.answer import Answer
 from proxy_addon.dispatch import Dispatch
+from proxy_addon.drain import Drain
 from proxy_addon.epilogue import Epilogue
 from proxy_addon.failover import Failover
 from proxy_addon.fleet.discovery import Discovery
@@ -82,6 +83,7 @@ class Sollol:
         self.telemetry = Telemetry(self.fleet)
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._saves = True  #: the last time that speeds were written, they could be
         self.ready = asyncio.Event()  #: every node was looked at once
 
         guard = Guard(settings, self.fleet)
@@ -92,10 +94,12 @@ class Sollol:
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )
         one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh, self.dispatch.send)
+        self.drain = Drain()
         chain: tuple[object, ...] = (
             Layers(),
             Intake(settings.guard.body_limit_bytes, _now),
             guard,
+            self.drain,
             Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
             Understand(self.ready),
             one_server,
@@ -149,7 +153,18 @@ class Sollol:
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
             observe_sizes(self.fleet, self.speeds)
-            await asyncio.to_thread(self.speeds.save, self.settings.state_dir / "speeds.json")
+            await asyncio.to_thread(self._save)
+
+    def _save(self) -> None:
+        """Keep what was learned. A disk that refuses is said once; nothing else ends with it."""
+        try:
+            self.speeds.save(self.settings.state_dir / "speeds.json")
+        except OSError as error:
+            if self._saves:
+                log.warning("Learned speeds cannot be kept: %s.", error)
+            self._saves = False
+        else:
+            self._saves = True
 
     async def done(self) -> None:
         """Stop what runs, keep what was learned."""
@@ -159,7 +174,7 @@ class Sollol:
         await self.discovery.stop()
         await self.watch.stop()
         await self.journal.close()
-        self.speeds.save(self.settings.state_dir / "speeds.json")
+        self._save()
         if self._session is not None:
             await self._session.close()
             self._session = None

@@ -136,6 +136,7 @@ async def test_from_afar_only_the_token_is_believed(start: Start) -> None:
     assert await agent.in_flight(**{HEADER: "p1=3", "Authorization": "Bearer s3cret"}) == 3
     status, text = await agent.get("/v1/report", **{HEADER: "p1=9", "Authorization": "Bearer wrong"})
     assert (status, json.loads(text)) == (401, {"error": "the bearer token is not this agent's"})
+    assert (await agent.get("/v1/report", Authorization="Bearer wrong"))[0] == 401
     assert await agent.in_flight() == 3
     assert "sollol_agent_in_flight_ignored_total 2.0" in (await agent.get("/metrics"))[1]
 

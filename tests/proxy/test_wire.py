@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import orjson
@@ -128,3 +129,17 @@ def test_a_zstd_body_of_several_frames_is_one_body() -> None:
     endpoint = match("/v1/chat/completions")
     assert endpoint is not None
     assert parse(endpoint, endpoint.path, {"content-encoding": "zstd"}, frames, "").model == "llama3.2"
+
+
+async def test_a_state_directory_that_refuses_costs_only_what_would_be_kept(
+    node: FakeOllama, session: aiohttp.ClientSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = tmp_path / "a file"
+    taken.touch()
+    async with RunningProxy([node], state_dir=taken) as proxy:
+        async with session.post(f"{proxy.url}/api/chat", json=CHAT) as answer:
+            assert answer.status == 200
+        polls = proxy.sollol.session()
+    assert polls.closed
+    assert f"Learned speeds cannot be kept: [Errno 17] File exists: '{taken}'." in caplog.messages
+    assert not [entry for entry in caplog.records if entry.exc_info]
