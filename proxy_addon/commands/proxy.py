@@ -27,7 +27,12 @@ def proxy(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Settings.", show_default="./sollol.yaml if there is one"),
+        typer.Option(
+            metavar="FILE",
+            help="Settings.",
+            envvar="SOLLOL_CONFIG",
+            show_default="./sollol.yaml if there is one",
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,

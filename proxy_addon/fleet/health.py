@@ -32,9 +32,9 @@ class Health:
     def failed(self, now_s: float, reason: str, fatal: bool = False) -> bool:
         """Count a failure and return whether the node is out.
 
-        Ejected at once are ``fatal`` failures (refused, reset, hung) and those of a node that is on trial,
-        which has not carried a request since it came back. What still fails during an ejection was sent
-        before it and does not prolong it.
+        Ejected at once are ``fatal`` failures (a refused connection, the host check) and those of a node that
+        is on trial, which has not carried a request since it came back. What still fails during an ejection
+        was sent before it and does not prolong it.
         """
         self.failures += 1
         self.reason = reason

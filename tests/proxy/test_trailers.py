@@ -17,7 +17,8 @@ async def test_trailers_of_a_request_are_dropped(ollama_node: NodeFactory) -> No
     async with RunningProxy([node]) as proxy, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         for _ in range(2):  # the connection goes on afterwards
-            writer.write(b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+            writer.write(b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\n")
+            writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
             writer.write(b"%x\r\n%s\r\n0\r\nX-Sum: 1\r\n\r\n" % (len(BODY), BODY))
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200")

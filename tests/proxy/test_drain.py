@@ -1,0 +1,92 @@
+"""The end of a real proxy process: answers in progress finish, nothing new begins; twice is at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.fakes.fixtures import NodeFactory
+from tests.fakes.ollama_node import FakeOllama
+from tests.fakes.tokens import check_stream
+from tests.proxy.asks import BY_NAME, ask
+
+PROMPT = "[[id:drain]] [[n:40]]"
+
+
+@asynccontextmanager
+async def proxy_process(
+    node: FakeOllama, state: Path
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from proxy_addon.cli import main; main()",
+        "proxy", "--listen", "127.0.0.1:0", "--nodes", node.host_port, "--state-dir", str(state),
+        "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr
+    try:
+        async with asyncio.timeout(60):
+            while b"SOLLOL listens on " not in (line := await process.stderr.readline()):
+                assert line, "the proxy ended"
+        port = int(line.split(b"listens on ")[1].split(b":")[1])
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def closed(url: str) -> None:
+    """Return once nothing listens at ``url`` any more."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_answer_in_progress_is_let_finish(
+    ollama_node: NodeFactory, tmp_path: Path, number: signal.Signals
+) -> None:
+    node = await ollama_node()
+    async with proxy_process(node, tmp_path) as (process, url), aiohttp.ClientSession() as session:
+        await asyncio.gather(*(ask(session, url, BY_NAME["chat"], PROMPT) for _ in range(2)))  # two are kept
+        node.hold_tokens()
+        streaming = asyncio.create_task(ask(session, url, BY_NAME["generate"], PROMPT))
+        await node.wait_received(1, path="/api/generate")
+        process.send_signal(number)
+        await closed(url)
+        refused = await ask(session, url, BY_NAME["chat"], PROMPT)
+        assert (refused.status, refused.error) == (503, "SOLLOL is shutting down")
+        node.go_on()
+        heard = await streaming
+        assert heard.ended and not heard.error
+        check_stream(heard.text, PROMPT)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+
+
+async def test_a_second_signal_ends_it_at_once(ollama_node: NodeFactory, tmp_path: Path) -> None:
+    node = await ollama_node()
+    async with proxy_process(node, tmp_path) as (process, url), aiohttp.ClientSession() as session:
+        node.hold_tokens()
+        streaming = asyncio.create_task(ask(session, url, BY_NAME["chat-whole"], PROMPT))
+        await node.wait_received(1, path="/api/chat")
+        process.send_signal(signal.SIGTERM)
+        await closed(url)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+        with pytest.raises(aiohttp.ClientError):
+            await streaming
