@@ -22,7 +22,6 @@ from proxy_addon.http_stream import Failure
 from proxy_addon.record import Record
 from proxy_addon.settings import Timeouts as Limits
 
-
 ESTIMATE_ROOM = 3.0  #: a prefill or decode may take so many times what was expected
 LOST_IDLE_S = 10.0  #: a stream of a node that answers no polls may be silent for so long
 
@@ -112,7 +111,7 @@ class Timeouts:
             self.abort(flow, reason)
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        """The answer has begun: from now on only silence counts."""
+        """The answer has begun: from now on only silence counts, the node's or the client's."""
         rec = record.of(flow)
         self._disarm(flow)
         if rec is not None and rec.placed and flow.live:
@@ -126,7 +125,9 @@ class Timeouts:
         lost = rec.node is not None and rec.node.poll_error is not None
         limit_s = min(LOST_IDLE_S, self.limits.idle_s) if lost else self.limits.idle_s
         silent_s = self.dispatch.now() - (rec.last_byte_s or 0.0)
-        if silent_s >= limit_s:
+        if silent_s >= limit_s and _stalls(flow.client_conn):
+            _hang_up(flow.client_conn)  # nothing came because nothing could go: the node is not to blame
+        elif silent_s >= limit_s:
             self.abort(flow, f"nothing came for {silent_s:.0f} s")
         else:
             self._arm(flow, limit_s - silent_s, self._idle, "")
@@ -184,6 +185,21 @@ CONNECT_CANCELLED = "connection cancelled"
 
 def _handler(client: Client):  # type: ignore[no-untyped-def]  # mitmproxy's ProxyConnectionHandler
     return ctx.master.addons.get("proxyserver").connections.get(client.id)
+
+
+def _stalls(client: Client) -> bool:
+    """Whether the client does not take what it is sent, so that its node is read no further either."""
+    handler = _handler(client)
+    io = handler.transports.get(client) if handler is not None else None
+    return bool(io and io.writer and io.writer.transport.get_write_buffer_size())
+
+
+def _hang_up(client: Client) -> None:
+    """End a client's connection as if it had left."""
+    handler = _handler(client)
+    io = handler.transports.get(client) if handler is not None else None
+    if io is not None and io.writer is not None:
+        io.writer.transport.abort()
 
 
 def _cancel_connect(client: Client, server: Server) -> None:

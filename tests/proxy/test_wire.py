@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -143,3 +144,25 @@ async def test_a_state_directory_that_refuses_costs_only_what_would_be_kept(
     assert polls.closed
     assert f"Learned speeds cannot be kept: [Errno 17] File exists: '{taken}'." in caplog.messages
     assert not [entry for entry in caplog.records if entry.exc_info]
+
+
+async def test_a_client_that_stops_reading_is_hung_up_on_and_its_node_not_blamed() -> None:
+    """It holds a slot of its node, which cannot go on; but nothing is wrong with the node."""
+    async with (
+        FakeOllama(time_scale=0.0) as node,
+        RunningProxy([node], timeouts={"idle_s": 0.3}) as proxy,
+    ):
+        with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+            endless = {"model": "llama3.2", "prompt": "[[n:100000]]"}
+            client.sendall(request_bytes("/api/generate", endless))
+            async with asyncio.timeout(30):
+                while not proxy.sollol.journal.recent(1):
+                    await asyncio.sleep(0.02)
+        (made,) = proxy.sollol.journal.recent(1)
+        assert made["outcome"] == "client_left"
+        assert proxy.sollol.fleet.nodes[node.host_port].health.failures == 0
+        asked = next(request for request in node.received if request.path == "/api/generate")
+        async with asyncio.timeout(10):
+            while asked.outcome == "open":
+                await asyncio.sleep(0.01)
+        assert asked.outcome == "cancelled"
