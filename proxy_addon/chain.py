@@ -93,7 +93,14 @@ class Sollol:
         budget = Budget(
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )
-        one_server = OneServer(self.fleet, settings, self.session, self.watch.refresh, self.dispatch.send)
+        one_server = OneServer(
+            self.fleet,
+            settings,
+            self.session,
+            self.watch.refresh,
+            self.dispatch.send,
+            self.watch.refresh_resident,
+        )
         self.drain = Drain()
         chain: tuple[object, ...] = (
             Layers(),

@@ -13,6 +13,8 @@ from collections.abc import Callable, MutableMapping
 from mitmproxy import http
 
 from proxy_addon import errors
+from proxy_addon.ask import Ask
+from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
 from proxy_addon.placement.decision import Decision
@@ -56,7 +58,7 @@ class Dispatch:
                 self.send(flow, rec, self.fleet.nodes[decision.node], decision)
                 return None
             if self.fleet.nobody_stores(rec.ask.key):
-                return self._answer(rec, 404, f"model '{rec.ask.model}' not found")
+                return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
             if rec.rounds >= self.settings.retry.rounds:
                 return self._answer(rec, 503, self._nobody(decision), {"retry-after": "2"})
@@ -138,6 +140,13 @@ class Dispatch:
             return f"no node can serve this request ({names(self.fleet)}): {decision.reason}"
         more = f"; and {len(why) - MANY_EXCLUDED} more" if len(why) > MANY_EXCLUDED else ""
         return "no node can serve this request: " + "; ".join(why[:MANY_EXCLUDED]) + more
+
+
+def _not_found(ask: Ask) -> str:
+    """Ollama's own words (``server/routes.go``), which clients match; they differ between endpoints."""
+    if ask.task is Task.EMBED:
+        return f'model "{ask.model}" not found, try pulling it first'
+    return f"model '{ask.model}' not found"
 
 
 def point_at(flow: http.HTTPFlow, node: Node) -> None:

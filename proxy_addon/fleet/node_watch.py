@@ -75,6 +75,7 @@ class NodeWatch:
         self._doubtful = False  #: a request saw it fail: the next round looks at everything
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._tags = asyncio.Lock()
+        self._resident = asyncio.Lock()
         self._seen: dict[str, tuple[bytes, dict[str, Any]]] = {}
         #: path → hash of the last body and what it says, so that only what has changed is parsed
         self._wrong: set[str] = set()  #: what is known to be wrong and has been said
@@ -100,6 +101,12 @@ class NodeWatch:
                 await self._ask("api/tags", TAGS_TIMEOUT_S, parse_tags, self._set_models)
             finally:
                 self.looked.set()
+
+    async def refresh_resident(self) -> None:
+        """Learn what the node has in memory, as of a moment after this call; a stall keeps what was known."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PS_PATIENCE_S):
+                await self._ps()
 
     def suspect(self) -> None:
         """Look at the node at once, its models included: a request found something wrong there."""
@@ -185,7 +192,8 @@ class NodeWatch:
         self._fleet.lost(node, node.poll_error)
 
     async def _ps(self) -> PollFailed | None:
-        return await self._ask("api/ps", PS_TIMEOUT_S, parse_ps, self._set_resident)
+        async with self._resident:  # one at a time: an older answer must not replace a newer one
+            return await self._ask("api/ps", PS_TIMEOUT_S, parse_ps, self._set_resident)
 
     def _set_models(self, models: dict[str, Model]) -> None:
         if models != self.node.models:  # also where a request found one missing that is there after all

@@ -68,6 +68,11 @@ class Watch:
         watched = [self._watched[node.name] for node in nodes if node.name in self._watched]
         await asyncio.gather(*(watch.refresh() for watch in watched))
 
+    async def refresh_resident(self, nodes: Iterable[Node]) -> None:
+        """Ask ``nodes`` what they have in memory now, for as long as a person looks at a list."""
+        watched = [self._watched[node.name] for node in nodes if node.name in self._watched]
+        await asyncio.gather(*(watch.refresh_resident() for watch in watched))
+
     def suspect(self, node: Node) -> None:
         """A request saw ``node`` fail, or miss a model that it was said to have: poll it at once."""
         if watch := self._watched.get(node.name):

@@ -41,7 +41,8 @@ class OneServer:
     """Answers for the fleet, or sends the flow to the one node that can.
 
     ``http`` gives the session that all parts share, within a running loop. ``refresh`` reads the inventory of
-    the given nodes anew and returns when it is in the fleet. ``send`` lets a flow go to a node.
+    the given nodes anew and returns when it is in the fleet, ``look`` what they have in memory. ``send`` lets
+    a flow go to a node.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class OneServer:
         http: Callable[[], aiohttp.ClientSession],
         refresh: Refresh,
         send: Send = place,
+        look: Refresh | None = None,
     ) -> None:
         self._fleet = fleet
         self._settings = settings
         self._http = http
         self._refresh = refresh
         self._send = send
+        self._look = look
         self._creates = Creates(fleet)
         self._handlers: dict[str, Handler] = {
             "/": self._root,
@@ -133,7 +136,10 @@ class OneServer:
         _json(flow, catalog.tags(self._fleet))
 
     async def _ps(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
-        _json(flow, catalog.ps(upstream.up(self._fleet, _now_s())))
+        nodes = upstream.up(self._fleet, _now_s())
+        if self._look is not None:
+            await self._look(nodes)  # the last poll may be older than the client's last stop
+        _json(flow, catalog.ps(nodes))
 
     async def _openai_models(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         upstream.up(self._fleet, _now_s())
