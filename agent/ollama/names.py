@@ -17,6 +17,9 @@ DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
 
+#: All parts at their longest make 593; who sends more means no model, and shall not fill caches and logs.
+LONGEST = 1024
+
 _CLOUD = "cloud"
 _LOCAL = "local"
 _CLOUD_SUFFIX = "-cloud"
@@ -67,6 +70,8 @@ def parse(name: str) -> Name:
     ``model:tag-cloud``, the name under which a node lists it. Raises ValueError with a sentence for the
     client where Ollama would refuse the name.
     """
+    if len(name) > LONGEST:
+        raise ValueError(f"invalid model name {name[:40] + '…'!r}: longer than {LONGEST} characters")
     text = name.strip()
     if not text:
         raise ValueError("model is required")

@@ -65,6 +65,8 @@ def test_display_leaves_out_default_host_and_namespace(text: str, short: str) ->
         ("gemma3@sha256", "is not a valid model"),
         ("x" * 81, "the model is longer than 80 characters"),
         ("h" * 351 + "/n/m", "the host is longer than 350 characters"),
+        (" " * 1024 + "gemma3", "longer than 1024 characters"),
+        ("x" * 2000, f"invalid model name '{'x' * 40}…': longer"),
         ("qwen3:cloud:local", "use either :local or :cloud"),
         ("qwen3:8b-cloud:local", "use either :local or :cloud"),
     ],
