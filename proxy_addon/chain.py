@@ -41,7 +41,7 @@ from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.protect import protect
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
-from proxy_addon.settings import Settings
+from proxy_addon.settings import Address, Settings
 from proxy_addon.telemetry import Telemetry
 from proxy_addon.timeouts import Timeouts
 
@@ -52,9 +52,11 @@ SAVE_EVERY_S = 30.0  #: learned speeds are written so often; a crash loses at mo
 
 def mitmproxy_options(settings: Settings) -> dict[str, Any]:
     """The options of mitmproxy that a gateway needs."""
+    listen = settings.listen
     return {
         # A reverse target must be named; connections are lazy and every request is given a node.
-        "mode": [f"reverse:http://sollol.invalid:11434@{settings.listen}", *settings.modes],
+        # An IPv6 address stands without brackets in mitmproxy's modes.
+        "mode": [f"reverse:http://sollol.invalid:11434@{listen.host}:{listen.port}", *settings.modes],
         **required_options(),
     }
 
@@ -148,7 +150,7 @@ class Sollol:
         models = {key for node in up for key in node.models}
         log.info(
             "SOLLOL listens on %s: %d of %d nodes up (%s), %d models",
-            ", ".join(f"{host}:{port}" for host, port, *_ in _listening()),
+            ", ".join(str(Address(host=host, port=port)) for host, port, *_ in _listening()),
             len(up),
             len(all_nodes),
             names(up),

@@ -61,7 +61,7 @@ def _known_mode(spec: str) -> str:
         raise ValueError(f"should be a mode such as regular@8080 ({exc})") from exc
     if mode.type_name not in MODES:
         raise ValueError(f"should be one of the modes {', '.join(MODES)}")
-    return spec
+    return re.sub(r"@\[(.*)\]:", r"@\1:", spec)  # IPv6 as in any address; mitmproxy wants it bare
 
 
 Mode = Annotated[str, AfterValidator(_known_mode)]

@@ -14,6 +14,7 @@ import zstandard
 
 from proxy_addon.ask import parse
 from proxy_addon.endpoints import match
+from proxy_addon.settings import Settings
 from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.raw import request_bytes
 from tests.fakes.store import embedding_model
@@ -166,3 +167,10 @@ async def test_a_client_that_stops_reading_is_hung_up_on_and_its_node_not_blamed
             while asked.outcome == "open":
                 await asyncio.sleep(0.01)
         assert asked.outcome == "cancelled"
+
+
+async def test_an_ipv6_address_is_one_to_listen_on(node: FakeOllama, session: aiohttp.ClientSession) -> None:
+    assert Settings.model_validate({"modes": ["regular@[::1]:8080"]}).modes == ("regular@::1:8080",)
+    async with RunningProxy([node], listen="[::1]:0") as proxy:
+        async with session.get(f"http://[::1]:{proxy.port}/api/version") as answer:
+            assert answer.status == 200
