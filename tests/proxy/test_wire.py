@@ -171,6 +171,8 @@ async def test_a_client_that_stops_reading_is_hung_up_on_and_its_node_not_blamed
 
 async def test_an_ipv6_address_is_one_to_listen_on(node: FakeOllama, session: aiohttp.ClientSession) -> None:
     assert Settings.model_validate({"modes": ["regular@[::1]:8080"]}).modes == ("regular@::1:8080",)
-    async with RunningProxy([node], listen="[::1]:0") as proxy:
-        async with session.get(f"http://[::1]:{proxy.port}/api/version") as answer:
-            assert answer.status == 200
+    async with (
+        RunningProxy([node], listen="[::1]:0") as proxy,
+        session.get(f"http://[::1]:{proxy.port}/api/version") as answer,
+    ):
+        assert answer.status == 200
