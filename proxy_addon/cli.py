@@ -6,6 +6,7 @@ modules as text.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -101,8 +102,20 @@ def sollol(
     """One port that is your whole Ollama fleet."""
 
 
+def _without_assertions() -> None:
+    """Start this process anew under ``python -O``, once: same pid, same arguments.
+
+    mitmproxy checks every event and field by assertion, for its own developers; measured, that is a quarter
+    of what a small request costs (``make bench``). None of the checks guards against what a client sends.
+    """
+    if sys.flags.optimize == 0:
+        os.execv(sys.executable, [sys.executable, "-O", *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] == ["proxy"]:
+        _without_assertions()
     try:
         app(prog_name="sollol")
     except ModuleNotFoundError as exc:  # imported only while a command runs, as the demo's clients are

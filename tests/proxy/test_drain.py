@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 
 from tests.fakes.fixtures import NodeFactory
@@ -75,6 +76,11 @@ async def test_an_answer_in_progress_is_let_finish(
         check_stream(heard.text, PROMPT)
         async with asyncio.timeout(20):
             assert await process.wait() == 0
+
+
+async def test_the_process_carries_no_assertions(ollama_node: NodeFactory, tmp_path: Path) -> None:
+    async with proxy_process(await ollama_node(), tmp_path) as (process, _):
+        assert psutil.Process(process.pid).cmdline()[1] == "-O"
 
 
 async def test_a_second_signal_ends_it_at_once(ollama_node: NodeFactory, tmp_path: Path) -> None:
