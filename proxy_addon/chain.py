@@ -103,7 +103,8 @@ class Sollol:
             self.dispatch.send,
             self.watch.refresh_resident,
         )
-        self.drain = Drain()
+        timeouts = Timeouts(self.dispatch, settings.timeouts)
+        self.drain = Drain(timeouts.abort_all)
         chain: tuple[object, ...] = (
             Layers(),
             Intake(settings.guard.body_limit_bytes, _now),
@@ -114,7 +115,7 @@ class Sollol:
             one_server,
             Route(self.dispatch, one_server, budget),
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
-            Timeouts(self.dispatch, settings.timeouts),
+            timeouts,
             Answer(_now, settings.routing_metadata == "body"),
             Epilogue(self.dispatch, self.watch.suspect, (self.journal.add, self.telemetry.observe)),
         )

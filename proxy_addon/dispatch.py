@@ -42,6 +42,7 @@ class Dispatch:
         self.settings = settings
         self.now = now
         self.stamp = stamp
+        self.closing = False  #: the end has come: nothing is placed any more
         self.in_flight: dict[Node, set[http.HTTPFlow]] = {}
 
     async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
@@ -53,6 +54,8 @@ class Dispatch:
         """
         assert rec.ask is not None
         while True:
+            if self.closing:
+                return self._answer(rec, 503, "SOLLOL is shutting down", {"retry-after": "2"})
             decision = self.decide(rec)
             if decision.node is not None:
                 self.send(flow, rec, self.fleet.nodes[decision.node], decision)
@@ -60,7 +63,7 @@ class Dispatch:
             if self.fleet.nobody_stores(rec.ask.key):
                 return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
-            if rec.rounds >= self.settings.retry.rounds:
+            if rec.rounds >= self.settings.retry.rounds or self._hopeless(rec):
                 return self._answer(rec, 503, self._nobody(decision), {"retry-after": "2"})
             retry = self.settings.retry
             await _unless_left(
@@ -126,6 +129,12 @@ class Dispatch:
         if rec.attempts and rec.attempts[-1].outcome is None:
             attempt = rec.attempts[-1]
             attempt.ended_s, attempt.outcome, attempt.detail = self.now(), outcome, detail
+
+    def _hopeless(self, rec: Record) -> bool:
+        """Whether another round could only repeat what this one has shown."""
+        assert rec.ask is not None
+        live = self.fleet.holders(rec.ask.key, self.now())
+        return bool(live) and all(node.name in rec.hopeless for node in live)
 
     def _answer(
         self, rec: Record, status: int, message: str, headers: dict[str, str] | None = None

@@ -6,7 +6,9 @@ SIGTERM (and the first SIGINT) begins it; a second signal ends at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 
 from mitmproxy import ctx, http
 
@@ -14,12 +16,15 @@ from proxy_addon import errors, record
 
 log = logging.getLogger("sollol")
 
+TELL_S = 2.0  #: for the last words to those who are cut off
+
 
 class Drain:
     """Counts the requests under way, and refuses new ones once the end has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, abort_all: Callable[[str], None]) -> None:
         self.ending = False
+        self._abort_all = abort_all
         self._open: set[str] = set()  # ids of flows
         self._empty = asyncio.Event()
         self._empty.set()
@@ -61,3 +66,7 @@ class Drain:
                 await self._empty.wait()
         except TimeoutError:
             log.warning("Shutting down with %d answers cut off after %g s.", len(self._open), limit_s)
+            self._abort_all("SOLLOL is shutting down")  # each is told so in its own protocol
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL_S):
+                    await self._empty.wait()

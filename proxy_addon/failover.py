@@ -20,6 +20,9 @@ UNFIT_S = 60.0  #: how long a model that did not fit a node is not offered to it
 
 #: Failures that another round over the same nodes would only repeat.
 HOPELESS = frozenset({Meaning.STALE, Meaning.TOO_SMALL, Meaning.REFUSED})
+#: Failures after which the request itself is under suspicion: it may be what kills the runners.
+BREAKING = frozenset({Meaning.DIED, Meaning.BROKEN})
+MAX_BROKEN = 3  #: so many nodes (or tries on one) may break under one request
 #: Failures that count against a node's health, and whether one is enough to eject it.
 UNHEALTHY = {Meaning.UNREACHABLE: True, Meaning.DIED: False, Meaning.BROKEN: False, Meaning.REFUSED: True}
 
@@ -60,6 +63,12 @@ class Failover:
         else:
             self._tell_fleet(node, rec, meaning, detail, now_s)
         if meaning is Meaning.ANSWER:
+            return
+        rec.broken += meaning in BREAKING and not idle_close
+        if rec.broken >= MAX_BROKEN:
+            failure.response = self._give_up(
+                failure, rec, node, f"{detail}; as did {rec.broken - 1} before it"
+            )
             return
         only_here = rec.ask is None or is_cloud(rec.ask.model)  # the signed-in node has no stand-in
         if only_here or not may_retry(meaning, failure.phase, rec.endpoint, failure.replayable):

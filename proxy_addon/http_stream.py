@@ -330,7 +330,8 @@ class FleetStream(HttpStream):
     def _end_cut_stream(self, reason: str, tail: bytes) -> Commands:
         """Append ``tail`` to an answer that broke off and end it well-framed."""
         yield ForgetUpstream(self.context.server)
-        self.flow.error = mitm_flow.Error(reason)
+        rec = record.of(self.flow)
+        self.flow.error = mitm_flow.Error((rec and rec.abort_reason) or reason)
         yield HttpErrorHook(self.flow)
         self.server_state = self.state_done
         self.flow.live = False

@@ -82,8 +82,9 @@ async def _serve(settings: Settings) -> int:
         else:
             ending.append(asyncio.create_task(end(), name="drain"))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told_to_end)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP for good
+            loop.add_signal_handler(number, told_to_end)
     try:
         await lean.run()
     except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged

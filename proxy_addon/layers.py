@@ -10,7 +10,7 @@ from mitmproxy.net.tls import starts_like_tls_record
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layer import CommandGenerator, Layer, NextLayer
 
-from proxy_addon import trailers
+from proxy_addon import http1
 from proxy_addon.http_layer import install
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Layers:
 
     def load(self, _loader: Loader) -> None:
         """Mend what hangs below the layers."""
-        trailers.drop()
+        http1.mend()
 
     def next_layer(self, next_layer: NextLayer) -> None:
         """Decide first what mitmproxy would decide (it does nothing the second time), then replace.

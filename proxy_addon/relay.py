@@ -193,7 +193,7 @@ def cut(flow: http.HTTPFlow, reason: str) -> bytes | None:
     if rec.ask is None or not rec.ask.stream:
         return None
     node = rec.attempts[-1].node if rec.attempts else "the node"
-    return response.stream.cut(f"{node} failed in mid-answer: {reason}")
+    return response.stream.cut(f"{node} failed in mid-answer: {rec.abort_reason or reason}")
 
 
 _NUMBERS = re.compile(

@@ -168,6 +168,13 @@ class Timeouts:
             elif self.dispatch.elsewhere(rec, node, reason):
                 self.abort(flow, reason)
 
+    def abort_all(self, reason: str) -> None:
+        """End every attempt under way, and place none of them anew."""
+        self.dispatch.closing = True
+        for flows in list(self.dispatch.in_flight.values()):
+            for flow in list(flows):
+                self.abort(flow, reason)
+
     def abort(self, flow: http.HTTPFlow, reason: str) -> None:
         """Break the upstream connection of ``flow``; its stream then fails over, or ends with an error."""
         rec = record.of(flow)

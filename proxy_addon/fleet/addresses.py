@@ -37,14 +37,22 @@ def from_ollama_host(text: str) -> Address | None:
     if not separator:
         scheme, rest = "http", value
     if scheme.lower() != "http":
-        raise ValueError(f"OLLAMA_HOST={value} is not used: a node must speak plain HTTP")
+        raise ValueError(f"OLLAMA_HOST={_shown(value)} is not used: a node must speak plain HTTP")
     place, _, path = rest.partition("/")
     if path.strip("/"):
-        raise ValueError(f"OLLAMA_HOST={value} is not used: a node is a host and a port, without a path")
+        raise ValueError(
+            f"OLLAMA_HOST={_shown(value)} is not used: a node is a host and a port, without a path"
+        )
     default_port = 80 if separator else OLLAMA_PORT
     host, port = _split(place)
     number = int(port) if port.isdecimal() and 0 < int(port) < 65536 else default_port
     return Address(host=reachable(host), port=number)
+
+
+def _shown(value: str) -> str:
+    """``value`` for a log: without the user and password that a URL may carry."""
+    before, at, after = value.rpartition("@")
+    return before.partition("://")[0] + "://…@" + after if at else value
 
 
 def _split(place: str) -> tuple[str, str]:

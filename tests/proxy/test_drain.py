@@ -23,12 +23,13 @@ PROMPT = "[[id:drain]] [[n:40]]"
 
 @asynccontextmanager
 async def proxy_process(
-    node: FakeOllama, state: Path
+    node: FakeOllama, state: Path, *sets: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", "from proxy_addon.cli import main; main()",
         "proxy", "--listen", "127.0.0.1:0", "--nodes", node.host_port, "--state-dir", str(state),
         "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
+        *(part for each in sets for part in ("--set", each)),
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr
@@ -96,3 +97,23 @@ async def test_a_second_signal_ends_it_at_once(ollama_node: NodeFactory, tmp_pat
             assert await process.wait() == 0
         with pytest.raises(aiohttp.ClientError):
             await streaming
+
+
+async def test_who_is_cut_off_at_the_limit_is_told_in_its_protocol(
+    ollama_node: NodeFactory, tmp_path: Path
+) -> None:
+    node = await ollama_node()
+    endless = "[[id:drain]] [[n:1000000]]"
+    async with (
+        proxy_process(node, tmp_path, "timeouts.drain_s=0.5") as (process, url),
+        aiohttp.ClientSession() as session,
+    ):
+        streaming = asyncio.create_task(ask(session, url, BY_NAME["generate"], endless))
+        await node.wait_until(lambda: any(r.chunks > 2 for r in node.requests("/api/generate")))
+        process.send_signal(signal.SIGHUP)
+        heard = await streaming
+        assert heard.error and "SOLLOL is shutting down" in heard.error
+        assert not heard.broken and not heard.ended
+        check_stream(heard.text, endless, complete=False)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0

@@ -295,10 +295,27 @@ async def test_a_trickled_answer_is_whole(fleet: Fleet, way: Way) -> None:
     complete(await fleet.ask(way), way)
 
 
+@pytest.mark.parametrize("make", [lambda: named("terminated", times=None), lambda: rst(times=None)])
+async def test_a_request_that_kills_every_runner_is_given_up_before_it_has_killed_many(
+    make: Callable[[], Fault],
+) -> None:
+    nodes = [await FakeOllama().start() for _ in range(5)]
+    for node in nodes:
+        fault = make()
+        fault.path = "/api/chat"
+        node.fail(fault)
+    async with RunningProxy(nodes) as proxy, aiohttp.ClientSession() as session:
+        heard = await ask(session, proxy.url, BY_NAME["chat"], PROMPT)
+    assert heard.status in (500, 503) and heard.error
+    assert sum(len(node.requests("/api/chat")) for node in nodes) == 3
+    for node in nodes:
+        await node.stop()
+
+
 ALL_AT_ONCE = {
     "busy": (lambda: named("busy", times=None), 503, "busy"),
     "out of memory": (lambda: named("oom_cuda", times=None), 500, "out of memory"),
-    "reset": (lambda: rst("before_head", path="/api/chat", times=None), 503, "no node can serve"),
+    "reset": (lambda: rst("before_head", path="/api/chat", times=None), 503, "failed: "),
     "broken": (lambda: named("terminated", times=None), 500, "terminated"),
 }
 

@@ -1,0 +1,55 @@
+"""Two things that mitmproxy's HTTP/1 layers do otherwise, changed in place.
+
+Trailers of chunked bodies are dropped, as RFC 9110 §6.5.1 allows: mitmproxy raises on them and hangs. And
+what it refuses before an addon sees it (a broken head, smuggling attempts) gets an error that an API client
+can read instead of an HTML page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import h11
+from mitmproxy import http
+from mitmproxy.net.http import http1
+from mitmproxy.proxy.layers.http import _http1
+
+from proxy_addon import errors
+
+
+class _WithoutTrailers:
+    """A body reader whose end carries no trailers."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __call__(self, buffer: Any) -> Any:
+        return self._bare(self._reader(buffer))
+
+    def read_eof(self) -> Any:
+        return self._bare(self._reader.read_eof())
+
+    @staticmethod
+    def _bare(event: Any) -> Any:
+        return h11.EndOfMessage() if isinstance(event, h11.EndOfMessage) and event.headers else event
+
+
+def _error_response(status_code: int, message: str = "") -> bytes:
+    """The bytes of an error for a request whose path, hence protocol, may be unknown: Ollama's shape."""
+    sentence = message.partition(" Disable the ")[0].rstrip(".") or "the request cannot be understood"
+    answer: http.Response = errors.response("native", status_code, sentence, headers={"connection": "close"})
+    return bytes(http1.assemble_response(answer))
+
+
+_parent_body_reader = _http1.make_body_reader
+
+
+def _body_reader(expected_size: int | None) -> Any:
+    reader = _parent_body_reader(expected_size)
+    return _WithoutTrailers(reader) if expected_size is None else reader
+
+
+def mend() -> None:
+    """Make the changes; harmless the second time."""
+    _http1.make_body_reader = _body_reader
+    _http1.make_error_response = _error_response
