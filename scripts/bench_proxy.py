@@ -4,10 +4,13 @@ One fake node (a process of its own) is asked directly and through ``sollol prox
 quote the differences and ratios, not the single times of a shared machine.
 
     python scripts/bench_proxy.py [REQUESTS]
+
+mitmdump with an addon that does nothing but stream is measured beside it, as what the proxy is built on.
 """
 
 import asyncio
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -24,6 +27,7 @@ CHUNKS_PER_S = 100  #: of each stream: a small model on a good GPU
 ROUNDS = 3
 WARM_UP = 200
 LIMIT_S = 60.0
+STREAMING = "def responseheaders(flow):\n    flow.response.stream = True\n"
 
 
 def post(path: str, body: str) -> bytes:
@@ -128,87 +132,118 @@ def quantile(times: list[float], share: float) -> float:
     return sorted(times)[int(len(times) * share)] * 1e3
 
 
-def report(
-    requests: int,
-    direct: list[float],
-    through: list[float],
-    request_cpu: list[float],
-    chunk_cpu: list[float],
-    idle_share: float,
-    process: psutil.Process,
-) -> None:
-    added_ms = quantile(through, 0.5) - quantile(direct, 0.5)
-    chunk_us = statistics.median(chunk_cpu) * 1e6
-    rows = [
-        ("latency, direct, p50 / p99", f"{quantile(direct, 0.5):.3f} / {quantile(direct, 0.99):.3f} ms"),
-        (
-            "latency, through the proxy, p50 / p99",
-            f"{quantile(through, 0.5):.3f} / {quantile(through, 0.99):.3f} ms",
-        ),
-        ("added latency, p50 (target 1.0)", f"{added_ms:.3f} ms"),
-        ("CPU of the proxy, a small request", f"{statistics.median(request_cpu) * 1e6:.0f} µs"),
-        ("CPU of the proxy, a streamed chunk", f"{chunk_us:.0f} µs (direct: 0)"),
-        (f"CPU of the proxy, a {CHUNKS}-chunk stream", f"{chunk_us * CHUNKS / 1e3:.2f} ms (direct: 0)"),
-        ("CPU of the idle proxy (one node, polled)", f"{idle_share * 100:.2f} % of a core"),
-        ("memory of the proxy (RSS)", f"{process.memory_info().rss / 1e6:.0f} MB"),
-    ]
-    print(f"{requests} small requests on one kept connection, in turns with a direct one;")
-    print(f"{STREAMS} streams of {CHUNKS} chunks at {CHUNKS_PER_S}/s each, their heads and ends included")
-    for name, value in rows:
-        print(f"  {name:42} {value}")
+def yardstick_us() -> float:
+    """How fast this machine is just now: ``sum(range(1000))``, about 10 µs on an idle desktop of 2024."""
+    begun = time.perf_counter()
+    for _ in range(1000):
+        sum(range(1000))
+    return (time.perf_counter() - begun) * 1e3
+
+
+class Subject:
+    """A proxy under test and what it cost."""
+
+    def __init__(self, name: str, child: asyncio.subprocess.Process, port: int) -> None:
+        self.name, self.port, self.child = name, port, child
+        self.process = psutil.Process(child.pid)
+        self.times: list[float] = []
+        self.request_s: list[float] = []
+        self.chunk_s: list[float] = []
+        self.idle_share = 0.0
+
+    async def small_requests(self, count: int) -> None:
+        before = cpu_s(self.process)
+        self.times += await latencies(self.port, count)
+        self.request_s.append((cpu_s(self.process) - before) / (count + WARM_UP))
+
+    async def idle(self, seconds: float) -> None:
+        before = cpu_s(self.process)
+        await asyncio.sleep(seconds)
+        self.idle_share = (cpu_s(self.process) - before) / seconds
+
+    async def stream(self) -> None:
+        begun, before = time.perf_counter(), cpu_s(self.process)
+        chunks = await streams(self.port)
+        if chunks < STREAMS * CHUNKS:
+            raise SystemExit(f"chunks were lost or merged: {chunks} of {STREAMS * CHUNKS}")
+        spent_s = cpu_s(self.process) - before - self.idle_share * (time.perf_counter() - begun)
+        self.chunk_s.append(spent_s / chunks)
+
+    def row(self, direct: list[float]) -> str:
+        p50, p99 = quantile(self.times, 0.5), quantile(self.times, 0.99)
+        request_us = statistics.median(self.request_s) * 1e6
+        chunk_us = statistics.median(self.chunk_s) * 1e6
+        return (
+            f"{self.name:22}{p50:9.3f}{p99:9.3f}{p50 - quantile(direct, 0.5):10.3f}{request_us:13.0f}"
+            f"{chunk_us:10.0f}{self.idle_share * 100:8.2f}{self.process.memory_info().rss / 1e6:8.0f}"
+        )
 
 
 async def main(requests: int) -> None:
     with tempfile.TemporaryDirectory(prefix="sollol-bench-") as state:
-        await measure(requests, state)
+        await measure(requests, Path(state))
 
 
-async def measure(requests: int, state: str) -> None:
-    node = await start(
-        "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--no-record", "--uvloop",
-        "--time-scale", "1", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9",
-        "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
-        "--vram-bytes", str(40 << 30), "--default-num-ctx", "4096",
-    )  # fmt: skip
-    proxy = None
+async def measure(requests: int, state: Path) -> None:
+    children = []
     try:
+        node = await start(
+            "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--no-record", "--uvloop",
+            "--time-scale", "1", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9",
+            "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
+            "--vram-bytes", str(40 << 30), "--default-num-ctx", "4096",
+        )  # fmt: skip
+        children.append(node)
         assert node.stdout
         address = (await node.stdout.readline()).decode().strip()
         node_port = int(address.rpartition(":")[2])
-        port = node_port + 1 if node_port < 65000 else node_port - 1
-        proxy = await start(
-            "-c", "from proxy_addon.cli import main; main()", "proxy", "--listen", f"127.0.0.1:{port}",
-            "--nodes", address, "--state-dir", state, "--set", "discovery.mdns=false",
-            "--set", "discovery.ollama_host=false",
-        )  # fmt: skip
-        await until_up(port)
-        process = psutil.Process(proxy.pid)
+        script = state / "streaming.py"
+        script.write_text(STREAMING)
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            ports = one.getsockname()[1], other.getsockname()[1]
+        commands = {
+            "sollol proxy": (
+                "-c", "from proxy_addon.cli import main; main()", "proxy",
+                "--listen", f"127.0.0.1:{ports[0]}", "--nodes", address, "--state-dir", str(state),
+                "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
+            ),
+            "mitmdump, 2-line addon": (
+                "-c", "from mitmproxy.tools.main import mitmdump; mitmdump()", "-q", "-s", str(script),
+                "--mode", f"reverse:http://{address}@127.0.0.1:{ports[1]}", "--set", f"confdir={state}",
+            ),
+        }  # fmt: skip
+        subjects = []
+        for (name, command), port in zip(commands.items(), ports, strict=True):
+            children.append(await start(*command))
+            await until_up(port)
+            subjects.append(Subject(name, children[-1], port))
 
-        direct, through, request_cpu = [], [], []
+        direct: list[float] = []
         for _ in range(ROUNDS):
             direct += await latencies(node_port, requests // ROUNDS)
-            before = cpu_s(process)
-            through += await latencies(port, requests // ROUNDS)
-            request_cpu.append((cpu_s(process) - before) / (requests // ROUNDS + WARM_UP))
-        idle = cpu_s(process)
-        await asyncio.sleep(3)
-        idle_share = (cpu_s(process) - idle) / 3
-        chunk_cpu = []
+            for subject in subjects:
+                await subject.small_requests(requests // ROUNDS)
+        for subject in subjects:
+            await subject.idle(3)
         for _ in range(ROUNDS):
-            await streams(node_port)
-            begun, before = time.perf_counter(), cpu_s(process)
-            chunks = await streams(port)
-            spent = cpu_s(process) - before - idle_share * (time.perf_counter() - begun)
-            chunk_cpu.append(spent / chunks)
-            if chunks < STREAMS * CHUNKS:
-                raise SystemExit(f"chunks were lost or merged: {chunks} of {STREAMS * CHUNKS}")
-
-        report(requests, direct, through, request_cpu, chunk_cpu, idle_share, process)
+            for subject in subjects:
+                await subject.stream()
+        report(requests, direct, subjects)
     finally:
-        for child in (proxy, node):
-            if child is not None and child.returncode is None:
+        for child in reversed(children):
+            if child.returncode is None:
                 child.terminate()
                 await child.wait()
+
+
+def report(requests: int, direct: list[float], subjects: list[Subject]) -> None:
+    print(f"{requests} small requests on one kept connection, in turns with a direct one (ms);")
+    print(f"{STREAMS} streams of {CHUNKS} chunks at {CHUNKS_PER_S}/s each, heads and ends included;")
+    print(f"this machine, just now: sum(range(1000)) in {yardstick_us():.1f} µs")
+    print(f"{'':22}{'p50':>9}{'p99':>9}{'added':>10}{'CPU µs/req':>13}{'/chunk':>10}{'idle %':>8}{'MB':>8}")
+    print(f"{'direct':22}{quantile(direct, 0.5):9.3f}{quantile(direct, 0.99):9.3f}")
+    for subject in subjects:
+        print(subject.row(direct))
 
 
 if __name__ == "__main__":
