@@ -20,9 +20,11 @@ UNFIT_S = 60.0  #: how long a model that did not fit a node is not offered to it
 
 #: Failures that another round over the same nodes would only repeat.
 HOPELESS = frozenset({Meaning.STALE, Meaning.TOO_SMALL, Meaning.REFUSED})
-#: Failures after which the request itself is under suspicion: it may be what kills the runners.
+#: Failures after which the request itself is under suspicion: it may be what kills the runners. All nodes may
+#: have failed at one moment by chance, so that each gets a second try, but no more, and not in a large fleet.
 BREAKING = frozenset({Meaning.DIED, Meaning.BROKEN})
-MAX_BROKEN = 3  #: so many nodes (or tries on one) may break under one request
+MAX_BROKEN_ON_A_NODE = 2
+MAX_BROKEN = 6
 #: Failures that count against a node's health, and whether one is enough to eject it.
 UNHEALTHY = {Meaning.UNREACHABLE: True, Meaning.DIED: False, Meaning.BROKEN: False, Meaning.REFUSED: True}
 
@@ -64,11 +66,11 @@ class Failover:
             self._tell_fleet(node, rec, meaning, detail, now_s)
         if meaning is Meaning.ANSWER:
             return
-        rec.broken += meaning in BREAKING and not idle_close
-        if rec.broken >= MAX_BROKEN:
-            failure.response = self._give_up(
-                failure, rec, node, f"{detail}; as did {rec.broken - 1} before it"
-            )
+        if meaning in BREAKING and not idle_close:
+            rec.broken[node.name] += 1
+        if rec.broken.total() >= MAX_BROKEN:
+            others = f"so did {rec.broken.total() - 1} attempts before it"
+            failure.response = self._give_up(failure, rec, node, f"{detail}; {others}")
             return
         only_here = rec.ask is None or is_cloud(rec.ask.model)  # the signed-in node has no stand-in
         if only_here or not may_retry(meaning, failure.phase, rec.endpoint, failure.replayable):
@@ -76,7 +78,7 @@ class Failover:
             return
         if not idle_close:
             rec.excluded[node.name] = f"{meaning.value}: {detail}" if detail else meaning.value
-            if meaning in HOPELESS:
+            if meaning in HOPELESS or rec.broken[node.name] >= MAX_BROKEN_ON_A_NODE:
                 rec.hopeless[node.name] = rec.excluded[node.name]
         # The first failover of a request is free: a node that dies with a hundred requests must not turn
         # the ninety-first into an error. What a sick fleet could amplify are the tries after that.

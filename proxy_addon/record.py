@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,9 @@ class Record:
     excluded: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried in this round
     hopeless: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried again at all
     idle_closed: set[str] = field(default_factory=set)  #: nodes that had closed a kept connection
-    broken: int = 0  #: how many attempts ended with a node or its runner broken
+    broken: Counter[str] = field(
+        default_factory=Counter
+    )  #: node → attempts under which it or its runner broke
     rounds: int = 0  #: how often every candidate was tried in vain
     abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
     left: bool = False  #: the client has gone

@@ -295,11 +295,19 @@ async def test_a_trickled_answer_is_whole(fleet: Fleet, way: Way) -> None:
     complete(await fleet.ask(way), way)
 
 
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai-whole"]], ids=str)
+async def test_all_nodes_failing_once_at_the_same_moment_is_only_a_delay(fleet: Fleet, way: Way) -> None:
+    for node in fleet.nodes:
+        node.fail(rst("before_head", path=way.path))
+    complete(await fleet.ask(way), way)
+
+
 @pytest.mark.parametrize("make", [lambda: named("terminated", times=None), lambda: rst(times=None)])
+@pytest.mark.parametrize(("size", "hits"), [(2, 4), (8, 6)])
 async def test_a_request_that_kills_every_runner_is_given_up_before_it_has_killed_many(
-    make: Callable[[], Fault],
+    make: Callable[[], Fault], size: int, hits: int
 ) -> None:
-    nodes = [await FakeOllama().start() for _ in range(5)]
+    nodes = [await FakeOllama().start() for _ in range(size)]
     for node in nodes:
         fault = make()
         fault.path = "/api/chat"
@@ -307,7 +315,7 @@ async def test_a_request_that_kills_every_runner_is_given_up_before_it_has_kille
     async with RunningProxy(nodes) as proxy, aiohttp.ClientSession() as session:
         heard = await ask(session, proxy.url, BY_NAME["chat"], PROMPT)
     assert heard.status in (500, 503) and heard.error
-    assert sum(len(node.requests("/api/chat")) for node in nodes) == 3
+    assert sum(len(node.requests("/api/chat")) for node in nodes) == hits
     for node in nodes:
         await node.stop()
 
@@ -315,7 +323,7 @@ async def test_a_request_that_kills_every_runner_is_given_up_before_it_has_kille
 ALL_AT_ONCE = {
     "busy": (lambda: named("busy", times=None), 503, "busy"),
     "out of memory": (lambda: named("oom_cuda", times=None), 500, "out of memory"),
-    "reset": (lambda: rst("before_head", path="/api/chat", times=None), 503, "failed: "),
+    "reset": (lambda: rst("before_head", path="/api/chat", times=None), 503, "no node can serve"),
     "broken": (lambda: named("terminated", times=None), 500, "terminated"),
 }
 
