@@ -47,5 +47,7 @@ def test_recording_with_two_gpus(nvml_library: Path, tmp_path: Path) -> None:
 
 
 def test_every_recorded_report_is_read_and_plausible() -> None:
-    for path in sorted(FIXTURES.glob("report_*.json")):
+    found = sorted(FIXTURES.glob("report_*.json"))
+    assert found
+    for path in found:
         check(path)

@@ -101,9 +101,9 @@ class FakeAgent:
 
     async def start(self, port: int = 0) -> Self:
         """Serve on loopback and return the agent itself."""
-        self._runner = web.AppRunner(make_app(self, token=self._token))
+        self._runner = web.AppRunner(make_app(self, token=self._token), shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", port, shutdown_timeout=0.1).start()
+        await web.TCPSite(self._runner, "127.0.0.1", port).start()
         host, bound = self._runner.addresses[0][:2]
         self._host_port = f"{host}:{bound}"
         return self
