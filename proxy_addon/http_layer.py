@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from typing import Any
 
-from mitmproxy.connection import Server
+from mitmproxy import ctx
+from mitmproxy.connection import Client, Server
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import GetHttpConnection, HttpLayer
 
 from proxy_addon.http_stream import FleetStream, ForgetUpstream
+from proxy_addon.lean_addons import LeanAddons
 
 Commands = Generator[commands.Command, Any, None]
 
@@ -23,12 +26,16 @@ class FleetLayer(HttpLayer):
         yield from self.event_to_child(self.streams[stream_id], events.Start())
 
     def event_to_child(self, child: layer.Layer, event: events.Event) -> Commands:
-        """As the parent; also carries out :class:`ForgetUpstream`."""
+        """As the parent; also carries out :class:`ForgetUpstream`, and hooks that need not wait."""
         for command in super().event_to_child(child, event):
             if isinstance(command, ForgetUpstream):
                 # Its state machine must go first: a late ConnectionClosed would hit the retried stream.
                 if self.connections.pop(command.connection, None) and command.connection.connected:
                     yield commands.CloseConnection(command.connection)
+            elif isinstance(command, commands.StartHook) and isinstance(ctx.master.addons, LeanAddons):
+                if _run(command, self.context.client):
+                    source = self.command_sources.pop(command)
+                    yield from self.event_to_child(source, events.HookCompleted(command))
             else:
                 yield command
 
@@ -47,6 +54,32 @@ class FleetLayer(HttpLayer):
         ):
             return  # the last words of a forgotten connection
         yield from _coalesced(super()._handle_event(event))
+
+
+def _run(hook: commands.StartHook, client: Client) -> bool:
+    """Run ``hook`` on all addons and return whether that is done; if not, the layer hears of it later.
+
+    mitmproxy makes a task of every hook and has it wait for its turn to report back. Most hooks never wait,
+    so that this costs them a turn of the loop each: measured, a fifth of a small request.
+    """
+    task = asyncio.ensure_future(ctx.master.addons.handle_lifecycle(hook))  # runs at once: eager tasks
+    if task.done():
+        task.result()
+        return True
+    handler = ctx.master.addons.get("proxyserver").connections.get(client.id)
+
+    def report(_: asyncio.Task[None]) -> None:
+        reporting = asyncio.ensure_future(handler.server_event(events.HookCompleted(hook)))
+        _REPORTING.add(reporting)
+        reporting.add_done_callback(_REPORTING.discard)
+
+    _REPORTING.add(task)
+    task.add_done_callback(_REPORTING.discard)
+    task.add_done_callback(report)
+    return False
+
+
+_REPORTING: set[asyncio.Future[None]] = set()  #: the loop itself holds tasks only weakly
 
 
 def _coalesced(source: Commands) -> Commands:

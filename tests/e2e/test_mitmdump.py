@@ -33,7 +33,7 @@ async def test_it_routes_fails_over_and_ends(
         sys.executable, "-c", MITMDUMP, "-s", str(ADDON), "--set", f"confdir={tmp_path}",
         "--mode", f"reverse:http://sollol.invalid:11434@127.0.0.1:{unused_tcp_port}",
         *(part for name, value in settings.items() for part in ("--set", f"sollol={name}={value}")),
-        cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"},
+        cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"},  # its log is waited for
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout
