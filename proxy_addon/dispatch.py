@@ -17,6 +17,7 @@ from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
+from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.policies import decide
 from proxy_addon.record import Attempt, Record
@@ -60,7 +61,7 @@ class Dispatch:
             if decision.node is not None:
                 self.send(flow, rec, self.fleet.nodes[decision.node], decision)
                 return None
-            if self.fleet.nobody_stores(rec.ask.key):
+            if self.fleet.nobody_stores(rec.ask.key) and self.fleet.up(self.now()):
                 return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
             if rec.rounds >= self.settings.retry.rounds or self._hopeless(rec):
@@ -142,8 +143,8 @@ class Dispatch:
         return errors.response(rec.protocol, status, message, request_id=rec.id, headers=headers)
 
     def _nobody(self, decision: Decision) -> str:
-        if not self.fleet.nodes:
-            return "the fleet has no nodes: name them with --nodes or in sollol.yaml"
+        if not self.fleet.up(self.now()):
+            return nobody(self.fleet)
         why = [f"{c.node}: {c.excluded}" for c in decision.candidates if c.excluded]
         if not why:
             return f"no node can serve this request ({names(self.fleet)}): {decision.reason}"

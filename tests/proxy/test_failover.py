@@ -350,6 +350,15 @@ async def test_a_dead_fleet_says_so_in_the_protocol_that_was_spoken(fleet: Fleet
     assert heard.headers["retry-after"]
 
 
+@pytest.mark.parametrize("way", [BY_NAME["chat"], BY_NAME["openai-whole"]], ids=str)
+async def test_a_fleet_that_never_answered_is_not_said_to_lack_the_model(way: Way) -> None:
+    dead = "127.0.0.1:9"
+    async with RunningProxy([dead]) as proxy, aiohttp.ClientSession() as session:
+        heard = await ask(session, proxy.url, way, PROMPT)
+    assert heard.status == 503
+    assert heard.error and f"no node of the fleet answers: {dead}" in heard.error
+
+
 async def test_a_client_that_leaves_before_the_head_frees_its_node(fleet: Fleet) -> None:
     fleet.fail_once(hang("before_head", path="/api/chat"))
     asking = asyncio.create_task(fleet.ask(BY_NAME["chat"]))
