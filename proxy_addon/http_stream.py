@@ -150,12 +150,16 @@ class FleetStream(HttpStream):
 
     # -- answers made here ----------------------------------------------------------------------------
 
-    def _answer(self, response: http.Response) -> Commands:
-        """Send a complete response of the proxy's own, whether or not the request's body has come."""
+    def _answer(self, response: http.Response, seen: bool = False) -> Commands:
+        """Send a complete response of the proxy's own, whether or not the request's body has come.
+
+        ``seen``: the ``responseheaders`` hooks have had their turn.
+        """
         self._answered = True
         self.flow.response = response
         response.timestamp_start = response.timestamp_end = time()
-        yield HttpResponseHeadersHook(self.flow)
+        if not seen:
+            yield HttpResponseHeadersHook(self.flow)
         yield HttpResponseHook(self.flow)
         self.server_state = self.state_done
         if (yield from self.check_killed(False)):
@@ -251,6 +255,15 @@ class FleetStream(HttpStream):
         yield SendHttp(RequestEndOfMessage(self.stream_id), self.context.server)
 
     # -- the response ---------------------------------------------------------------------------------
+
+    def state_wait_for_response_headers(self, event: ResponseHeaders) -> Commands:
+        """As the parent, but a response that a hook put in the place of the node's goes out as it is."""
+        yield from super().state_wait_for_response_headers(event)
+        answer = self.flow.response
+        begun = self.server_state in (self.state_consume_response_body, self.state_hold)
+        if begun and answer is not None and answer is not event.response:
+            yield ForgetUpstream(self.context.server)
+            yield from self._answer(answer, seen=True)
 
     def start_response_stream(self) -> Commands:
         """Hold the head back until the body shows that the attempt is good."""

@@ -17,6 +17,7 @@ from typing import Any
 from mitmproxy import http
 
 from proxy_addon import errors, record
+from proxy_addon.endpoints import protocol_of
 from proxy_addon.http_stream import Failure
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def _wrap(hook: Callable[..., Any], name: str, on_error: Callable[[str], None]) 
         log.exception("%s failed (request id %s)", name, rec.id if rec else "none")
         if name not in ANSWERABLE or not isinstance(flow, http.HTTPFlow):
             return
-        answer = errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
+        protocol = rec.protocol if rec else protocol_of(flow.request.path)
+        answer = errors.internal(protocol, rec.id if rec else "")
         if isinstance(subject, Failure):
             subject.retry, subject.response = False, answer
         else:
