@@ -49,7 +49,7 @@ class Guard:
         origin = flow.request.headers.pop("origin", "")
         foreign = origin and not cors.same_origin(origin, flow.request.host_header or "")
         if foreign and (refusal is None or refusal.status != 403):
-            seen.extra["origin"] = origin
+            seen.origin = origin
         if refusal:
             seen.outcome = "refused"
             flow.response = errors.response(
@@ -63,8 +63,8 @@ class Guard:
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """Tell the browser that its page may read the answer."""
         seen = record.of(flow)
-        if flow.response and seen and (origin := seen.extra.get("origin")):
-            flow.response.headers.update(cors.answer_headers(origin))
+        if flow.response and seen and seen.origin:
+            flow.response.headers.update(cors.answer_headers(seen.origin))
 
     def _refusal(self, flow: http.HTTPFlow, limit_bytes: int | None) -> Refusal | None:
         guard, headers, peer = self.settings.guard, flow.request.headers, flow.client_conn.peername

@@ -6,7 +6,6 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from mitmproxy import http
@@ -70,9 +69,7 @@ class Record:
     excluded: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried in this round
     hopeless: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried again at all
     idle_closed: set[str] = field(default_factory=set)  #: nodes that had closed a kept connection
-    broken: Counter[str] = field(
-        default_factory=Counter
-    )  #: node → attempts under which it or its runner broke
+    broken: Counter[str] = field(default_factory=Counter)  #: node → attempts under which it broke
     rounds: int = 0  #: how often every candidate was tried in vain
     abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
     left: bool = False  #: the client has gone
@@ -86,7 +83,7 @@ class Record:
     stats: FinalStats | None = None
     status: int | None = None  #: what the client was sent
     outcome: str | None = None  #: ok, refused (4xx), failed (5xx), cut (in mid-answer), client_left
-    extra: dict[str, Any] = field(default_factory=dict)
+    origin: str | None = None  #: the browser origin whose page may read the answer
 
     def client_left(self) -> None:
         """Tell whoever waits on this request's behalf that nobody wants the answer any more."""

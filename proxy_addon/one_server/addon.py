@@ -245,7 +245,6 @@ class OneServer:
         self._forward(flow, rec, pin.signed_in(self._fleet, self._settings.signed_in_node, _now_s()))
 
     def _forward(self, flow: http.HTTPFlow, rec: Record, node: Node) -> None:
-        rec.extra["node"] = node.name
         self._send(flow, rec, node)
 
     def _caller(self) -> Caller:
