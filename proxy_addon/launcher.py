@@ -40,12 +40,15 @@ class LeanMaster(master.Master):
         super().__init__(options.Options())
         self.addons = LeanAddons(self)
         self.sollol = Sollol(settings)
+        startup = errorcheck.ErrorCheck()
+        # It ends the process for any error logged meanwhile; only what mitmproxy cannot do is a reason to.
+        startup.logger.addFilter(logging.Filter("mitmproxy"))
         self.addons.add(  # type: ignore[no-untyped-call]
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),
             disable_h2c.DisableH2C(),
-            errorcheck.ErrorCheck(),
+            startup,
             self.sollol,
         )
         self.options.update(**mitmproxy_options(settings))

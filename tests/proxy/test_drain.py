@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -13,10 +14,12 @@ import aiohttp
 import psutil
 import pytest
 
+from proxy_addon.fleet.discovery import Discovery
 from tests.fakes.fixtures import NodeFactory
 from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.tokens import check_stream
 from tests.proxy.asks import BY_NAME, ask
+from tests.proxy.running import RunningProxy
 
 PROMPT = "[[id:drain]] [[n:40]]"
 
@@ -117,3 +120,17 @@ async def test_who_is_cut_off_at_the_limit_is_told_in_its_protocol(
         check_stream(heard.text, endless, complete=False)
         async with asyncio.timeout(20):
             assert await process.wait() == 0
+
+
+async def test_a_library_that_logs_an_error_at_the_start_does_not_stop_the_proxy(
+    ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Discovery.start
+
+    async def noisy(self: Discovery) -> None:
+        logging.getLogger("somebody.else").error("this and that")
+        await start(self)
+
+    monkeypatch.setattr(Discovery, "start", noisy)
+    async with RunningProxy([await ollama_node()]) as proxy, aiohttp.ClientSession() as session:
+        assert (await ask(session, proxy.url, BY_NAME["chat"], PROMPT)).ended
