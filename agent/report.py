@@ -68,6 +68,7 @@ class Host(_Part):
     load_1m: float | None = None
     ram_total_bytes: int
     ram_available_bytes: int
+    memory_bandwidth_bytes_s: float | None = Field(None, description="measured: what all threads read at once")
     model_store: Disk | None = None
 
 
@@ -114,6 +115,98 @@ class Ollama(_Part):
     )
 
 
+class RpcDevice(_Part):
+    """What a ggml-rpc-server of this node can compute on. Its memory is the agent's figure, not llama.cpp's."""
+
+    name: str = Field(description="as llama.cpp calls it: CUDA0, Vulkan0, Metal, CPU")
+    kind: Literal["gpu", "cpu"]
+    gpu_index: int | None = Field(None, description="of Report.gpus; None for the CPU")
+    memory_total_bytes: int
+    memory_free_bytes: int
+    memory_bandwidth_bytes_s: float | None = None
+
+
+class RpcServer(_Part):
+    """A ggml-rpc-server that the agent runs for one coordinator's model."""
+
+    id: str
+    device: str
+    coordinator: str = Field(description="name in the coordinator's certificate")
+    pid: int
+    port: int = Field(description="on loopback")
+    state: Literal["running", "stopped", "exited"]
+    memory_bytes: int = Field(description="what the process holds: resident memory, and the GPU's where told")
+
+
+class Rpc(_Part):
+    """How this node lends itself to models that span several nodes."""
+
+    build: str | None = Field(None, description="of its ggml-rpc-server; equal builds speak to each other")
+    tunnel_port: int | None = Field(None, description="where tunnels are accepted; None: it joined no fleet")
+    devices: list[RpcDevice] = []
+    servers: list[RpcServer] = []
+    error: str | None = Field(None, description="why it cannot lend itself")
+
+
+class ShardShare(_Part):
+    """The part of a sharded model that one device holds."""
+
+    node: str
+    device: str
+    first_layer: int
+    layers: int
+    output: bool = Field(description="whether the output layer lies here")
+    memory_bytes: int = Field(description="expected: weights, KV cache, compute buffers")
+    used_bytes: int | None = Field(None, description="as measured once loaded")
+    ms_per_token: float = Field(description="expected")
+
+
+class ShardPlan(_Part):
+    """A plan, as kept in the coordinator's journal."""
+
+    id: str
+    model: str
+    made_at: datetime
+    reason: str = Field(description="why it was made: a request, or what made the plan before it fail")
+    num_ctx: int
+    parallel: int
+    shares: list[ShardShare]
+    ms_per_token: float = Field(description="expected")
+    load_s: float = Field(description="expected")
+
+
+class ShardLoad(_Part):
+    """A sharded model that is loading or loaded."""
+
+    model: str
+    phase: Literal["planning", "starting", "loading", "ready", "failed"]
+    progress: float = Field(ge=0, le=1)
+    eta_s: float | None = None
+    since_s: float = Field(description="how long it has been in this phase")
+    plan: ShardPlan | None = None
+    error: str | None = None
+
+
+class ShardModel(_Part):
+    """What a coordinator expects of a model that it could serve now; the prior of placement."""
+
+    model: str
+    fits: bool
+    why: str = Field("", description="why not, and by how much it is too big")
+    largest_num_ctx: int | None = None
+    decode_tok_s: float | None = None
+    prefill_tok_s: float | None = None
+    load_s: float | None = None
+
+
+class Shard(_Part):
+    """A coordinator's own part of its report."""
+
+    models: list[ShardModel] = []
+    loads: list[ShardLoad] = []
+    plans: list[ShardPlan] = Field([], description="the latest, newest last")
+
+
 class Report(_Part):
     """One sample of one node."""
 
@@ -126,4 +219,6 @@ class Report(_Part):
     host: Host
     gpus: list[Gpu] = []
     ollama: Ollama
+    rpc: Rpc | None = None
+    shard: Shard | None = None
     stale: dict[str, str] = Field({}, description="part (gpus, host, ollama.resident, …) → why it is old")
