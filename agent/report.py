@@ -68,7 +68,7 @@ class Host(_Part):
     load_1m: float | None = None
     ram_total_bytes: int
     ram_available_bytes: int
-    memory_bandwidth_bytes_s: float | None = Field(None, description="measured: what all threads read at once")
+    memory_bandwidth_bytes_s: float | None = Field(None, description="measured: all threads together")
     model_store: Disk | None = None
 
 
@@ -116,7 +116,7 @@ class Ollama(_Part):
 
 
 class RpcDevice(_Part):
-    """What a ggml-rpc-server of this node can compute on. Its memory is the agent's figure, not llama.cpp's."""
+    """What a ggml-rpc-server of this node can compute on. Memory figures are the agent's own."""
 
     name: str = Field(description="as llama.cpp calls it: CUDA0, Vulkan0, Metal, CPU")
     kind: Literal["gpu", "cpu"]
