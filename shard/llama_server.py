@@ -17,16 +17,17 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -49,6 +50,10 @@ _REASONS = (
     "GGML_ASSERT",
     "terminate called",
     "invalid",
+)
+# load_tensors, llama_kv_cache and sched_reserve say one such line for every buffer.
+_BUFFER = re.compile(
+    r"\s(?P<device>\S+(?:\[[^\]]+\])?) (?P<what>model|KV|RS|compute|output) buffer size = +(?P<mib>[\d.]+) MiB"
 )
 _OUT_OF_MEMORY = ("out of memory", "failed to allocate", "bad_alloc")
 
@@ -79,9 +84,17 @@ class Launch:
     chat_template: str | None = None
     pooling: str | None = "last"
     alias: str = ""
+    mmproj: Path | None = None
+    adapters: tuple[Path, ...] = ()
+    context_shift: bool = False
 
-    def flags(self, socket: Path) -> list[str]:
-        """Return llama-server's command line after the program, to listen on the Unix ``socket``."""
+    def flags(self, socket: Path, placement: Sequence[str] = ()) -> list[str]:
+        """Return llama-server's command line after the program, to listen on the Unix ``socket``.
+
+        ``placement`` are the flags that say which layers lie where (``shard/plan.py``), in place of
+        ``num_gpu``. Weights are not repacked then: a layer's result must not depend on where it lies, and an
+        rpc-server does not repack.
+        """
         num_batch = str(min(self.num_batch, self.num_ctx))
         values: dict[str, str | None] = {
             "--model": str(self.model),
@@ -92,18 +105,26 @@ class Launch:
             "--threads": str(self.threads) if self.threads > 0 else None,
             "--batch-size": num_batch,
             "--ubatch-size": num_batch,
-            "--gpu-layers": str(self.num_gpu) if self.num_gpu >= 0 else None,
+            "--gpu-layers": str(self.num_gpu) if self.num_gpu >= 0 and not placement else None,
             # The host-side prompt cache and its checkpoints cost RAM beyond what was asked for.
             "--cache-ram": "0",
             "--ctx-checkpoints": "0",
             "--pooling": self.pooling,
             "--chat-template": self.chat_template,
+            "--mmproj": str(self.mmproj) if self.mmproj else None,
         }
         switches = ["--jinja", "--embeddings", "--no-warmup", "--no-ui", "--offline"]
-        # --jinja goes first: only then is a --chat-template that is no built-in name accepted.
-        return switches + [
-            part for flag, value in values.items() if value is not None for part in (flag, value)
-        ]
+        if self.context_shift:
+            switches.append("--context-shift")
+        if placement:
+            # At verbosity 4 it says what every device holds; nothing at that level is said per token.
+            switches += ["--no-repack", "--verbosity", "4"]
+        for adapter in self.adapters:
+            switches += ["--lora", str(adapter)]
+        given = [part for flag, value in values.items() if value is not None for part in (flag, value)]
+        # --rpc must stand before the --device that names its servers, and --jinja before the template: only
+        # then is a --chat-template that is no built-in name accepted.
+        return [*placement, *switches, *given]
 
 
 def candidates() -> list[tuple[str, ...]]:
@@ -173,6 +194,10 @@ class LlamaServer:
         self._started = started
         self.pid = process.pid
         self.load_s = 0.0
+        self.requests = 0  #: being served now
+        self.heard_at_s = started  #: when a request was begun, or a piece of an answer came, last
+        self._buffers: dict[tuple[str, str], int] = {}  # (device, what) → bytes
+        self._verdict: str | None = None
         self._process = process
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._reader = asyncio.create_task(self._read_log())
@@ -186,7 +211,7 @@ class LlamaServer:
         )
 
     @classmethod
-    async def start(cls, launch: Launch) -> LlamaServer:
+    async def start(cls, launch: Launch) -> Self:
         """Return a server that has loaded its model. Cancelling this ends the child.
 
         Raises LlamaServerError with the reason from the child's log if it exits or does not get ready
@@ -194,9 +219,9 @@ class LlamaServer:
         """
         while True:
             command = candidates()[0]
-            server = await cls._spawn(command, launch)
+            server = await cls.spawn(command, launch)
             try:
-                await server._ready()
+                await server.ready()
             except BaseException:
                 await server.stop()
                 if not server.died_of(signal.SIGILL):
@@ -210,14 +235,15 @@ class LlamaServer:
             return server
 
     @classmethod
-    async def _spawn(cls, command: tuple[str, ...], launch: Launch) -> LlamaServer:
+    async def spawn(cls, command: tuple[str, ...], launch: Launch, placement: Sequence[str] = ()) -> Self:
+        """Return a server that has begun to load. Raises LlamaServerError if the program does not run."""
         started = time.monotonic()
         # In /tmp whatever TMPDIR says: a socket's path may have no more than 107 bytes.
         directory = tempfile.TemporaryDirectory(prefix="sollol-", dir="/tmp")
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                *launch.flags(_socket_in(directory)),
+                *launch.flags(_socket_in(directory), placement),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -236,17 +262,33 @@ class LlamaServer:
         while chunk := await self._process.stdout.read(65536):
             for line in chunk.decode("utf-8", "replace").splitlines():
                 self._tail.append(line)
+                self._note_buffer(line)
                 log.debug("llama-server[%d] %s", self.pid, line)
+
+    def _note_buffer(self, line: str) -> None:
+        if found := _BUFFER.search(line):
+            key, size = (found["device"], found["what"]), round(float(found["mib"]) * 2**20)
+            # Weights and caches come in several buffers; compute buffers are said again when they grow.
+            self._buffers[key] = size if found["what"] == "compute" else self._buffers.get(key, 0) + size
+
+    def held_bytes(self, device: str) -> int | None:
+        """Return what llama.cpp said that it holds on ``device`` (its name: ``CPU``, ``RPC0[host:port]``).
+
+        None if it has not said; it does so only where layers were placed (:meth:`Launch.flags`).
+        """
+        found = [size for (where, _), size in self._buffers.items() if where == device]
+        return sum(found) if found else None
 
     async def _wait(self) -> int:
         code = await self._process.wait()
         await self._reader
         return code
 
-    async def _ready(self) -> None:
+    async def ready(self, limit_s: float = LOAD_TIMEOUT_S) -> None:
+        """Wait until the model is loaded. Raises LlamaServerError if that fails, or takes ``limit_s``."""
         health = asyncio.create_task(self._poll_health())
         try:
-            async with asyncio.timeout(LOAD_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 await asyncio.wait({health, self.exited}, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             raise LlamaServerError(f"timed out waiting for llama-server to start - {self.reason()}") from None
@@ -277,8 +319,17 @@ class LlamaServer:
                     return line.strip()
         return self._tail[-1].strip() if self._tail else ""
 
+    def fail(self, reason: str) -> None:
+        """End the child at once because it cannot go on; requests are told ``reason``."""
+        if self._verdict is None and not self.exited.done():
+            self._verdict = reason
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     def obituary(self) -> str:
         """Return Ollama's sentence for an exited process, which a router classifies by."""
+        if self._verdict is not None:
+            return f"llama-server process has terminated: {self._verdict}"
         if any(sign in line for sign in _OUT_OF_MEMORY for line in self._tail):
             return f"llama-server reported out-of-memory during startup: {self.reason()}"
         code = self._process.returncode
@@ -297,19 +348,25 @@ class LlamaServer:
 
         Raises LlamaServerError if the child has died. Read the body through :meth:`chunks`.
         """
+        self.requests += 1
+        self.heard_at_s = time.monotonic()
         try:
-            response = await self.http.request(method, path, json=body)
-        except aiohttp.ClientError as error:
-            raise LlamaServerError(await self._why_lost(error)) from error
-        try:
-            yield response
+            try:
+                response = await self.http.request(method, path, json=body)
+            except aiohttp.ClientError as error:
+                raise LlamaServerError(await self._why_lost(error)) from error
+            try:
+                yield response
+            finally:
+                response.close()
         finally:
-            response.close()
+            self.requests -= 1
 
     async def chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Yield a response's body as it arrives. Raises LlamaServerError if the child dies meanwhile."""
         try:
             async for chunk in response.content.iter_any():
+                self.heard_at_s = time.monotonic()
                 yield chunk
         except aiohttp.ClientError as error:
             raise LlamaServerError(await self._why_lost(error)) from error

@@ -2,7 +2,8 @@
 
 The rules are those of Ollama's scheduler (``server/sched.go``): a request that needs other launch options
 waits until the runner is idle and reloads it; the last explicit keep_alive wins; the idle runner that
-expires first makes room for another model; a load that nobody waits for any more is abandoned.
+expires first makes room for another model; a load that nobody waits for any more is abandoned. Where memory
+is what lacks (:class:`NoRoom`), the least valuable idle runner goes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from shard.llama_server import Launch, LlamaServer
+from shard.llama_server import Launch, LlamaServer, LlamaServerError
 from shard.models import ServedModel
 from shard.options import DEFAULT_KEEP_ALIVE_S
 
@@ -23,8 +25,28 @@ log = logging.getLogger(__name__)
 
 # OLLAMA_MAX_LOADED_MODELS' default for one device.
 MAX_LOADED = 3
+Start = Callable[[ServedModel, Launch], Coroutine[Any, Any, LlamaServer]]
+
 # Ollama's "for ever" is Go's longest duration.
 FOR_EVER = timedelta(days=365 * 292)
+
+
+class NoRoom(LlamaServerError):
+    """The model does not fit beside what is loaded; it may when that is gone."""
+
+
+def worth(load_s: float, idle_s: float) -> float:
+    """Return how valuable a loaded model is: dear to load again, and likely to be wanted soon.
+
+    Wanted again at any moment is a model with a probability that falls with the time since it was used last
+    (the hyperbolic rule of GreedyDual caches with one use); what its eviction would cost then is its load.
+    """
+    return load_s / (1.0 + idle_s)
+
+
+async def start_here(model: ServedModel, launch: Launch) -> LlamaServer:
+    """Start a model on this machine alone."""
+    return await LlamaServer.start(launch)
 
 
 class Runner:
@@ -39,6 +61,7 @@ class Runner:
         self.retirement: asyncio.Task[None] | None = None
         self.slots = asyncio.Semaphore(launch.parallel)
         self.expires_at = datetime.now(UTC) + FOR_EVER
+        self.given_back_at_s = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
 
     @property
@@ -59,11 +82,14 @@ class Runner:
 
 
 class Runners:
-    """All runners of a node. ``start`` makes a process for a launch; tests may pass another."""
+    """All runners of a node. ``start`` makes the process of a model and launch.
+
+    It may raise :class:`NoRoom`; then loaded models make room, and it is asked again.
+    """
 
     def __init__(
         self,
-        start: Callable[[Launch], Coroutine[Any, Any, LlamaServer]] = LlamaServer.start,
+        start: Start = start_here,
         max_loaded: int = MAX_LOADED,
     ) -> None:
         self._start = start
@@ -131,9 +157,33 @@ class Runners:
         return runner
 
     def _begin(self, model: ServedModel, launch: Launch) -> Runner:
-        runner = Runner(model, launch, asyncio.create_task(self._start(launch)))
+        runner = Runner(model, launch, asyncio.create_task(self._load(model, launch)))
         runner.load.add_done_callback(lambda _: self._background(self._watch(runner)))
         return runner
+
+    async def _load(self, model: ServedModel, launch: Launch) -> LlamaServer:
+        while True:
+            try:
+                return await self._start(model, launch)
+            except NoRoom:
+                if not await self._made_room(model):
+                    raise
+
+    async def _made_room(self, model: ServedModel) -> bool:
+        """Unload the least valuable other model, waiting until one is idle; False if there is none."""
+        others = [one for one in self._runners.values() if one.model.key != model.key and one.loaded]
+        if not others:
+            return False
+        now_s = time.monotonic()
+        idle = [one for one in others if not one.leases or one.retirement is not None]
+        if idle:
+            victim = min(idle, key=lambda one: worth(one.server.load_s, now_s - one.given_back_at_s))
+            log.info("%s is unloaded to make room for %s", victim.model.name, model.name)
+            await self._retire(victim)
+        else:
+            async with self._changed:
+                await self._changed.wait()
+        return True
 
     async def _watch(self, runner: Runner) -> None:
         # A runner whose load failed or whose process ends is forgotten, so that the next request respawns it.
@@ -146,6 +196,7 @@ class Runners:
 
     def _give(self, runner: Runner) -> None:
         runner.leases -= 1
+        runner.given_back_at_s = time.monotonic()
         seconds = runner.keep_alive_s
         stays = FOR_EVER if math.isinf(seconds) else min(FOR_EVER, timedelta(seconds=seconds))
         runner.expires_at = datetime.now(UTC) + stays

@@ -49,7 +49,7 @@ class Processes:
         self.may_load.set()
         self.failure: LlamaServerError | None = None
 
-    async def start(self, launch: Launch) -> StandIn:
+    async def start(self, model: ServedModel, launch: Launch) -> StandIn:
         self.started.append(launch)
         try:
             await self.may_load.wait()
