@@ -12,19 +12,7 @@ import psutil
 
 from agent.report import Disk, Host
 
-# Where an Ollama that was installed as a service keeps its models.
-_SERVICE_STORE = Path("/usr/share/ollama/.ollama/models")
-
 _ESTABLISHED = "01"  # include/net/tcp_states.h
-
-
-def model_store() -> Path | None:
-    """Return Ollama's model directory: ``$OLLAMA_MODELS``, else the first usual place that exists."""
-    configured = os.environ.get("OLLAMA_MODELS")
-    if configured:
-        return Path(configured)
-    candidates = [Path("~/.ollama/models").expanduser(), _SERVICE_STORE]
-    return next((path for path in candidates if _exists(path)), None)
 
 
 def established(proc_net_tcp: Iterable[str], port: int) -> int:
@@ -87,10 +75,3 @@ def disk(path: Path) -> Disk | None:
             return None
         return Disk(path=str(path), total_bytes=usage.total, free_bytes=usage.free)
     return None
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except PermissionError:
-        return False

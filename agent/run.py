@@ -15,9 +15,10 @@ from aiohttp import web
 
 from agent import gpu, state
 from agent.announce import announceable, announced
-from agent.host import HostReader, model_store
+from agent.host import HostReader
 from agent.notify import keep_watchdog_fed, notify
 from agent.ollama.client import OllamaClient
+from agent.ollama.storage import find_store
 from agent.report import NodeKind
 from agent.sampler import Sampler
 from agent.server import make_app
@@ -65,7 +66,7 @@ async def run(settings: Settings) -> None:
             node_id=node_id,
             ollama=ollama,
             gpus=gpu.detect(),
-            host=HostReader(model_store()),
+            host=HostReader(find_store()),
             kind=settings.kind,
         )
         await sampler.first()

@@ -14,8 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from agent import gpu
-from agent.host import HostReader, model_store
+from agent.host import HostReader
 from agent.ollama.client import OllamaClient
+from agent.ollama.storage import find_store
 from agent.sampler import Sampler
 
 # A port where nothing listens.
@@ -25,7 +26,7 @@ NO_OLLAMA = "http://127.0.0.1:9"
 async def record() -> dict[str, Any]:
     async with OllamaClient(NO_OLLAMA) as ollama:
         sampler = Sampler(
-            node_id="0" * 16, ollama=ollama, gpus=gpu.detect(), host=HostReader(model_store()), deadline_s=30
+            node_id="0" * 16, ollama=ollama, gpus=gpu.detect(), host=HostReader(find_store()), deadline_s=30
         )
         await sampler.first()  # NVML's first call may take seconds without persistence mode
         await asyncio.sleep(1)

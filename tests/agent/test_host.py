@@ -6,9 +6,8 @@ import socket
 from pathlib import Path
 
 import psutil
-import pytest
 
-from agent.host import HostReader, connections, disk, established, model_store
+from agent.host import HostReader, connections, disk, established
 
 PROC_NET_TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -63,19 +62,6 @@ def test_disk_of_a_store_that_is_not_made_yet_is_its_parents(tmp_path: Path) -> 
 def test_disk_that_may_not_be_looked_at_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert disk(tmp_path / "file/below") is None  # "not a directory": any refusal but "not there"
-
-
-def test_model_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("OLLAMA_MODELS", raising=False)
-    monkeypatch.setattr("agent.host._SERVICE_STORE", tmp_path / "service")
-    assert model_store() is None
-    (tmp_path / "service").mkdir()
-    assert model_store() == tmp_path / "service"
-    (tmp_path / ".ollama/models").mkdir(parents=True)
-    assert model_store() == tmp_path / ".ollama/models"
-    monkeypatch.setenv("OLLAMA_MODELS", "/elsewhere")
-    assert model_store() == Path("/elsewhere")
 
 
 async def test_nothing_of_it_needs_a_loop() -> None:
