@@ -145,6 +145,9 @@ class Rpc(_Part):
     tunnel_port: int | None = Field(None, description="where tunnels are accepted; None: it joined no fleet")
     devices: list[RpcDevice] = []
     servers: list[RpcServer] = []
+    lends_bytes: int | None = Field(
+        None, description="the most that its owner lets others use of each device; None: whatever is free"
+    )
     error: str | None = Field(None, description="why it cannot lend itself")
 
 

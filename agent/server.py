@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -51,7 +52,22 @@ def make_app(
     With ``token``, a caller who sends an ``Authorization: Bearer`` must send that one; callers without are
     served, but only those of this machine are believed.
     """
-    return _Agent(reporter, token, clock).app
+    agent = _Agent(reporter, token, clock)
+    app = web.Application(middlewares=[agent.say_errors_as_json])
+    app.add_routes(agent.routes())
+    return app
+
+
+def report_routes(
+    reporter: Reporter, *, token: str | None = None, clock: Callable[[], float] = time.monotonic
+) -> list[web.RouteDef]:
+    """Return the same routes for a server that has others beside them and errors of its own."""
+    agent = _Agent(reporter, token, clock)
+
+    def guarded(handler: Handler) -> Handler:
+        return partial(agent.say_errors_as_json, handler=handler)
+
+    return [web.get(route.path, guarded(route.handler)) for route in agent.routes()]
 
 
 class _Agent:
@@ -72,14 +88,13 @@ class _Agent:
             "Counts of requests in flight that came from afar without the token.",
             registry=self._registry,
         )
-        self.app = web.Application(middlewares=[self._say_errors_as_json])
-        self.app.add_routes(
-            [
-                web.get("/v1/report", self._report),
-                web.get("/metrics", self._scrape),
-                web.get("/healthz", self._healthz),
-            ]
-        )
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/report", self._report),
+            web.get("/metrics", self._scrape),
+            web.get("/healthz", self._healthz),
+        ]
 
     async def _report(self, request: web.Request) -> web.Response:
         self._hear(request)
@@ -133,7 +148,7 @@ class _Agent:
         yield from metrics.from_report(report)
 
     @web.middleware
-    async def _say_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def say_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except NotReady as error:
