@@ -59,10 +59,10 @@ def make_app(
 
 
 def report_routes(
-    reporter: Reporter, *, token: str | None = None, clock: Callable[[], float] = time.monotonic
+    reporter: Reporter, *, more: Callable[[], Iterable[Metric]], token: str | None = None
 ) -> list[web.RouteDef]:
-    """Return the same routes for a server that has others beside them and errors of its own."""
-    agent = _Agent(reporter, token, clock)
+    """Return the same routes for a server with others beside them, and ``more`` metrics of its own."""
+    agent = _Agent(reporter, token, time.monotonic, more)
 
     def guarded(handler: Handler) -> Handler:
         return partial(agent.say_errors_as_json, handler=handler)
@@ -71,14 +71,22 @@ def report_routes(
 
 
 class _Agent:
-    def __init__(self, reporter: Reporter, token: str | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        token: str | None,
+        clock: Callable[[], float],
+        more: Callable[[], Iterable[Metric]] | None = None,
+    ) -> None:
         self._reporter = reporter
         self._token = token
         self._clock = clock
         self._in_flight = in_flight.InFlight()
         self._said_ignored = False
         self._registry = CollectorRegistry()
-        self._registry.register(_ReportCollector(self._metrics))
+        for collect in (self._metrics, more):
+            if collect is not None:
+                self._registry.register(_ReportCollector(collect))
         ProcessCollector(registry=self._registry)
         self._errors = Counter(
             "sollol_agent_errors", "Requests that ended in a fault of the agent.", registry=self._registry

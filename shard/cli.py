@@ -87,7 +87,7 @@ async def _run(served: list[ServedModel], host: str, port: int, threads: int, pa
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
 
-    def listening(bound_host: str, bound_port: int) -> None:
+    async def listening(bound_host: str, bound_port: int) -> None:
         names = ", ".join(model.name for model in served)
         typer.echo(f"serving {names} on http://{bound_host}:{bound_port}")
 

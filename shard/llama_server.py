@@ -53,7 +53,8 @@ _REASONS = (
 )
 # load_tensors, llama_kv_cache and sched_reserve say one such line for every buffer.
 _BUFFER = re.compile(
-    r"\s(?P<device>\S+(?:\[[^\]]+\])?) (?P<what>model|KV|RS|compute|output) buffer size = +(?P<mib>[\d.]+) MiB"
+    r"\s(?P<device>\S+(?:\[[^\]]+\])?) (?P<what>model|KV|RS|compute|output)"
+    r" buffer size = +(?P<mib>[\d.]+) MiB"
 )
 _OUT_OF_MEMORY = ("out of memory", "failed to allocate", "bad_alloc")
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import zstandard
 from aiohttp import web
 
+from agent.report import ShardLoad
 from shard.llama_server import LlamaServerError
 from shard.models import Models, ServedModel
 from shard.options import keep_alive_s, resolve
 from shard.replies import UpstreamError
-from shard.runners import Runner, Runners
+from shard.runners import NoRoom, Runner, Runners
 from shard.translate import Refusal
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from shard.coordinator import Coordinator
 
 # Ollama bounds what a zstd body may unpack to (middleware/zstd.go).
 MAX_UNPACKED_BYTES = 20 * 2**20
+
+# A client that streams is told how far a load is, for the first time after so long, then every so often. A
+# shorter load is waited for in silence: nothing has been sent then, so that any failure keeps its status.
+TELL_AFTER_S = 5.0
+TELL_EVERY_S = 2.0
+
+# How often a request is run again that had sent nothing when its model broke.
+REPLAYS = 3
+
+Tell = Callable[[ShardLoad], Awaitable[None]]
 
 # What may go wrong upstream; the message is for the client.
 UPSTREAM_ERRORS = (UpstreamError, LlamaServerError)
@@ -29,21 +47,54 @@ UPSTREAM_ERRORS = (UpstreamError, LlamaServerError)
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An embedded node's parts; ``threads`` 0 leaves the number to llama-server."""
+    """An embedded node's parts; ``threads`` 0 leaves the number to llama-server.
+
+    With a ``coordinator`` models may span several machines, else this one has them all to itself.
+    """
 
     models: Models
     runners: Runners
     parallel: int = 1
     threads: int = 0
+    coordinator: Coordinator | None = None
 
     @contextlib.asynccontextmanager
     async def lease(
-        self, model: ServedModel, ask: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        model: ServedModel,
+        ask: Mapping[str, Any],
+        options: Mapping[str, Any],
+        tell: Tell | None = None,
     ) -> AsyncIterator[Runner]:
-        """Give the model's runner, loaded as ``options`` want it; raises as :meth:`Runners.lease`."""
+        """Give the model's runner, loaded as ``options`` want it; raises as :meth:`Runners.lease`.
+
+        A load that takes long is told to ``tell`` now and then, where the node knows how far it is.
+        """
         launch = model.launch(options, parallel=self.parallel, threads=self.threads)
-        async with self.runners.lease(model, launch, keep_alive_of(ask)) as runner:
-            yield runner
+        telling = None
+        if tell is not None and self.coordinator is not None:
+            telling = asyncio.create_task(_tell_progress(self.coordinator, model, tell))
+        try:
+            async with self.runners.lease(model, launch, keep_alive_of(ask)) as runner:
+                await _end(telling)
+                yield runner
+        finally:
+            await _end(telling)
+
+
+async def _tell_progress(coordinator: Coordinator, model: ServedModel, tell: Tell) -> None:
+    await asyncio.sleep(TELL_AFTER_S)
+    while True:
+        if (load := coordinator.load_of(model)) is not None and load.phase != "ready":
+            await tell(load)
+        await asyncio.sleep(TELL_EVERY_S)
+
+
+async def _end(telling: asyncio.Task[None] | None) -> None:
+    if telling is not None:
+        telling.cancel()
+        # What it may have raised is that the client has left, which whoever answers notices as well.
+        await asyncio.wait({telling})
 
 
 NODE: web.AppKey[Node] = web.AppKey("node", Node)
@@ -123,6 +174,9 @@ def error_body(path: str, status: int, message: str) -> dict[str, Any]:
     return {"error": message}
 
 
+# The response of a request that was told how its load goes on: whatever happens later is said in it.
+STARTED = "started"
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _PLAIN = {404: "404 page not found", 405: "405 method not allowed"}
@@ -144,4 +198,29 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return web.Response(text=_PLAIN[error.status], status=error.status, headers=headers)
+    started: web.StreamResponse | None = request.get(STARTED)
+    if started is not None:
+        await started.write(orjson.dumps(error_body(request.path, status, message)) + b"\n")
+        await started.write_eof()
+        return started
     return json_answer(error_body(request.path, status, message), status)
+
+
+@web.middleware
+async def replay(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Run a request again when the model broke under it before any of the answer was sent.
+
+    Only where a coordinator can load the model anew on the machines that are left. A handler that raises has
+    sent nothing but, perhaps, how a load goes on.
+    """
+    coordinator = request.app[NODE].coordinator
+    for _ in range(REPLAYS if coordinator is not None else 0):
+        try:
+            return await handler(request)
+        except NoRoom:
+            raise
+        except LlamaServerError as error:
+            log.warning("%s is run again: %s", request.path, error)
+            assert coordinator is not None
+            await coordinator.settled()
+    return await handler(request)

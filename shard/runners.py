@@ -84,15 +84,19 @@ class Runner:
 class Runners:
     """All runners of a node. ``start`` makes the process of a model and launch.
 
-    It may raise :class:`NoRoom`; then loaded models make room, and it is asked again.
+    It may raise :class:`NoRoom`; then loaded models make room, and it is asked again. With ``revive`` a model
+    whose process ended by itself is loaded again at once, where it would have stayed loaded.
     """
 
     def __init__(
         self,
         start: Start = start_here,
         max_loaded: int = MAX_LOADED,
+        *,
+        revive: bool = False,
     ) -> None:
         self._start = start
+        self._revive_lost = revive
         self._max_loaded = max_loaded
         self._runners: dict[str, Runner] = {}
         self._changed = asyncio.Condition()
@@ -192,7 +196,19 @@ class Runners:
             if runner.retirement is None:
                 log.error("%s: %s", runner.model.name, runner.server.obituary())
                 await runner.server.stop()
+                await self._forget(runner)
+                if self._revive_lost and not runner.leases and runner.expires_at > datetime.now(UTC):
+                    await self._revive(runner)
+                return
         await self._forget(runner)
+
+    async def _revive(self, lost: Runner) -> None:
+        """Load what was idle when it was lost; requests that held a runner load it themselves."""
+        try:
+            async with self.lease(lost.model, lost.launch, lost.keep_alive_s):
+                log.info("%s is loaded again", lost.model.name)
+        except LlamaServerError as error:
+            log.error("%s cannot be loaded again: %s", lost.model.name, error)
 
     def _give(self, runner: Runner) -> None:
         runner.leases -= 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from shard import inference, passthrough
 from shard.llama_server import candidates
-from shard.node import NODE, Node, errors, json_answer, read_body
+from shard.node import NODE, Node, errors, json_answer, read_body, replay
 from shard.runners import Runner
 from shard.translate import Refusal
 
@@ -46,16 +47,23 @@ async def tags(request: web.Request) -> web.Response:
 
 async def ps(request: web.Request) -> web.Response:
     """GET /api/ps: the loaded models."""
-    return json_answer({"models": [_ps_row(runner) for runner in request.app[NODE].runners.loaded()]})
+    node = request.app[NODE]
+    return json_answer({"models": [ps_row(node, runner) for runner in node.runners.loaded()]})
 
 
-def _ps_row(runner: Runner) -> dict[str, object]:
+def ps_row(node: Node, runner: Runner) -> dict[str, Any]:
+    """Return the row of ``/api/ps``; a model over several machines has the memory of all of them."""
     row = runner.model.tag_row()
     kept = {key: row[key] for key in ("name", "model", "size", "digest", "details")}
-    on_gpu = runner.launch.num_gpu > 0
+    size_vram = row["size"] if runner.launch.num_gpu > 0 else 0
+    load = node.coordinator.load_of(runner.model) if node.coordinator else None
+    if load is not None and load.plan is not None:
+        shares = load.plan.shares
+        kept["size"] = sum(share.used_bytes or share.memory_bytes for share in shares)
+        size_vram = sum(share.used_bytes or share.memory_bytes for share in shares if share.device != "CPU")
     return kept | {
         "expires_at": runner.expires_at.isoformat(),
-        "size_vram": row["size"] if on_gpu else 0,
+        "size_vram": size_vram,
         "context_length": runner.launch.num_ctx,
     }
 
@@ -115,10 +123,11 @@ ROUTES: tuple[tuple[str, str, Callable[..., object]], ...] = (
 )
 
 
-def make_app(node: Node) -> web.Application:
-    """Return the application; its cleanup ends the node's processes."""
-    app = web.Application(middlewares=[errors], client_max_size=MAX_BODY_BYTES)
+def make_app(node: Node, more: Iterable[web.RouteDef] = ()) -> web.Application:
+    """Return the application, with ``more`` routes; its cleanup ends the node's processes."""
+    app = web.Application(middlewares=[errors, replay], client_max_size=MAX_BODY_BYTES)
     app[NODE] = node
+    app.add_routes(more)
     for method, path, handler in ROUTES:
         app.router.add_route(method, path, handler)  # type: ignore[arg-type]
         if method == "GET":
@@ -133,7 +142,12 @@ def make_app(node: Node) -> web.Application:
 
 
 async def serve(
-    node: Node, host: str, port: int, stop: asyncio.Event, listening: Callable[[str, int], None]
+    node: Node,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    listening: Callable[[str, int], Awaitable[None]],
+    more: Iterable[web.RouteDef] = (),
 ) -> None:
     """Serve until ``stop`` is set; ``listening`` is told the address, port 0 having become a real one.
 
@@ -143,7 +157,7 @@ async def serve(
     candidates()
     # A client that leaves cancels its handler, which closes the connection to llama-server.
     runner = web.AppRunner(
-        make_app(node),
+        make_app(node, more),
         handler_cancellation=True,
         shutdown_timeout=SHUTDOWN_GRACE_S,
         access_log=None,
@@ -154,7 +168,7 @@ async def serve(
     try:
         await web.TCPSite(runner, host, port).start()
         bound_host, bound_port = runner.addresses[0][:2]
-        listening(bound_host, bound_port)
+        await listening(bound_host, bound_port)
         await stop.wait()
     finally:
         await runner.cleanup()

@@ -1,0 +1,463 @@
+"""The life of models that span several machines: survey, plan, lease, load; and again without whoever failed.
+
+:meth:`Coordinator.start` is what :class:`shard.runners.Runners` calls for a model that shall be loaded. It
+asks the agents what they have free now, lets ``shard/plan.py`` decide, leases an rpc-server on every machine
+of the plan, and starts llama-server over them. Whoever fails meanwhile is left out of the next plan, unless
+the model fits nowhere else. What a loaded model needs to be watched for is ``shard/sharded_server.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import Any, Literal
+
+from agent.lease import Lease, TunnelError, measure
+
+from agent import llama_cpp
+from agent.links import Link
+from agent.report import Report, ShardLoad, ShardModel, ShardPlan, ShardShare
+from shard.agents import Agents, Peer
+from shard.hosts import hosts as hosts_of
+from shard.llama_server import Launch, LlamaServerError
+from shard.models import ServedModel
+from shard.options import resolve
+from shard.plan import Host, Plan, TooBig, plan
+from shard.plan_journal import PlanJournal
+from shard.reporter import LocalMachine
+from shard.runners import NoRoom
+from shard.shape import ModelShape, read_shape
+from shard.sharded_server import Place, ShardedServer
+
+log = logging.getLogger(__name__)
+
+LOCAL = "this machine"
+#: How many plans one load may need: each failure leaves one machine out.
+ATTEMPTS = 5
+#: Who has failed is left out of plans for so long, where the others suffice.
+BLAMED_S = 30.0
+#: A load in which nothing has moved for so long is stuck. The coordinator's own part is read from disk
+#: without a sign of it, so this allows for 30 GB of a slow disk (100 MB/s).
+STUCK_S = 300.0
+#: Links are measured again when they are used after so long.
+LINK_S = 600.0
+
+Phase = Literal["planning", "starting", "loading", "ready", "failed"]
+
+
+class Broken(Exception):
+    """A load ended because of ``node`` (None: nobody in particular)."""
+
+    def __init__(self, node: str | None, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(eq=False)
+class Load:
+    """A model on its way, or loaded."""
+
+    model: ServedModel
+    phase: Phase = "planning"
+    since_s: float = field(default_factory=time.monotonic)
+    plan: ShardPlan | None = None
+    server: ShardedServer | None = None
+    remote_bytes: int = 0  #: weights that go to other machines
+    error: str | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """Begin the next phase."""
+        self.phase, self.since_s = phase, time.monotonic()
+
+    def seen(self, now_s: float) -> ShardLoad:
+        """Return it as the report shows it."""
+        in_phase_s = now_s - self.since_s
+        progress, eta_s = (1.0, None) if self.phase == "ready" else (0.0, None)
+        if self.phase == "loading" and self.server is not None and self.plan is not None:
+            progress, eta_s = load_progress(
+                self.server.received_bytes(), self.remote_bytes, in_phase_s, self.plan.load_s
+            )
+        plan = self.plan
+        if plan is not None and self.server is not None and self.phase == "ready":
+            plan = plan.model_copy(update={"shares": [_measured(s, self.server) for s in plan.shares]})
+        return ShardLoad(
+            model=self.model.name,
+            phase=self.phase,
+            progress=progress,
+            eta_s=eta_s,
+            since_s=in_phase_s,
+            plan=plan,
+            error=self.error,
+        )
+
+
+def load_progress(
+    received_bytes: int, remote_bytes: int, in_phase_s: float, planned_s: float
+) -> tuple[float, float | None]:
+    """Return how much of a load is done, 0 to 0.99, and how many seconds it will still take.
+
+    By the bytes that other machines have received where there are any, else by the time that was planned.
+    """
+    if remote_bytes > 0:
+        done = min(received_bytes / remote_bytes, 0.99)
+        return done, in_phase_s * (1 - done) / done if done > 0.01 else planned_s
+    done = min(in_phase_s / planned_s, 0.99) if planned_s > 0 else 0.0
+    return done, max(planned_s - in_phase_s, 0.0)
+
+
+class Coordinator:
+    """Starts sharded models. ``context`` is the fleet's for TLS, None if this machine has joined none."""
+
+    def __init__(
+        self,
+        agents: Agents,
+        local: LocalMachine,
+        context: ssl.SSLContext | None,
+        journal: PlanJournal,
+        *,
+        threads: int = 0,
+    ) -> None:
+        self.agents = agents
+        self.local = local
+        self.journal = journal
+        self._context = context
+        self._threads = threads
+        self._loads: dict[str, Load] = {}
+        self._links: dict[str, tuple[float, Link]] = {}
+        self._blamed: dict[str, tuple[float, str]] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._shapes: dict[str, ModelShape] = {}
+        self._watching: set[asyncio.Task[None]] = set()
+        self.plans_made = 0
+        self.replans_made = 0
+
+    # What others see
+
+    def loads(self) -> list[ShardLoad]:
+        """Return the models that are loading or loaded, and those whose last load failed."""
+        now_s = time.monotonic()
+        return [load.seen(now_s) for load in self._loads.values()]
+
+    def load_of(self, model: ServedModel) -> ShardLoad | None:
+        """Return how far ``model`` is, None if nobody has asked for it."""
+        load = self._loads.get(model.key)
+        return load.seen(time.monotonic()) if load else None
+
+    async def expectation(self, model: ServedModel, num_ctx: int, parallel: int) -> ShardModel:
+        """Return what ``model`` would get now: a plan's speeds, or by how much it is too big."""
+        launch = model.launch(
+            resolve({"num_ctx": num_ctx}, model.header.context_length), parallel=parallel, threads=0
+        )
+        try:
+            _, found = await self.survey(model, launch)
+        except LlamaServerError as error:
+            return ShardModel(model=model.name, fits=False, why=str(error))
+        planned, _ = found
+        if isinstance(planned, TooBig):
+            return ShardModel(
+                model=model.name,
+                fits=False,
+                why=too_big(model.name, planned),
+                largest_num_ctx=planned.largest_num_ctx,
+            )
+        return ShardModel(
+            model=model.name,
+            fits=True,
+            largest_num_ctx=num_ctx,
+            decode_tok_s=1000 / planned.ms_per_token if planned.ms_per_token else None,
+            prefill_tok_s=planned.prefill_tok_s,
+            load_s=planned.load_s,
+        )
+
+    # Planning
+
+    async def survey(
+        self, model: ServedModel, launch: Launch, avoid: Mapping[str, str] | None = None
+    ) -> tuple[ModelShape, tuple[Plan | TooBig, dict[str, str]]]:
+        """Return the model's shape, the best plan with what is known now, and who was left out and why."""
+        shape = await self.shape(model)
+        reports, left_out = self._reports()
+        reports = {name: report for name, report in reports.items() if name not in (avoid or {})}
+        found, why = hosts_of(
+            reports, LOCAL, [LOCAL], given_back=self._given_back(model), build=self._build()
+        )
+        found = [self._beside_projector(host, launch) for host in found]
+        links = {
+            (LOCAL, host.name): await self._link(self.agents[host.name])
+            for host in found
+            if host.name != LOCAL
+        }
+        planned = await asyncio.to_thread(
+            plan,
+            shape,
+            found,
+            links,
+            num_ctx=launch.num_ctx,
+            parallel=launch.parallel,
+            num_batch=launch.num_batch,
+            coordinator=LOCAL,
+        )
+        return shape, (planned, left_out | dict(why) | dict(avoid or {}))
+
+    async def shape(self, model: ServedModel) -> ModelShape:
+        """Return what ``model`` weighs, read once."""
+        if model.blob_sha256 not in self._shapes:
+            self._shapes[model.blob_sha256] = await asyncio.to_thread(read_shape, model.header)
+        return self._shapes[model.blob_sha256]
+
+    def _reports(self) -> tuple[dict[str, Report], dict[str, str]]:
+        now_s = time.monotonic()
+        reports, left_out = {LOCAL: self.local.report()}, {}
+        for peer in self.agents:
+            report = peer.fresh(now_s)
+            if report is None:
+                left_out[peer.name] = peer.error or "its report is old"
+            elif self._context is None:
+                left_out[peer.name] = "this machine has joined no fleet: run `sollol shard init`"
+            elif peer.here and (report.rpc is None or report.rpc.lends_bytes is None):
+                left_out[peer.name] = "it is this machine's own agent"
+            else:
+                reports[peer.name] = report
+        return reports, left_out
+
+    def _given_back(self, model: ServedModel) -> dict[Place, int]:
+        """What is held for ``model`` itself and is free again when it is loaded anew."""
+        load = self._loads.get(model.key)
+        if load is None or load.server is None or load.server.exited.done():
+            return {}
+        return {
+            place: lease.latest.memory_bytes for place, lease in load.server.leases.items() if lease.latest
+        }
+
+    def _beside_projector(self, host: Host, launch: Launch) -> Host:
+        # llama-server puts the projector on its first local device.
+        if host.name != LOCAL or launch.mmproj is None or not host.devices:
+            return host
+        size = launch.mmproj.stat().st_size
+        first, *others = sorted(host.devices, key=lambda device: device.kind != "gpu")
+        smaller = replace(first, free_bytes=max(first.free_bytes - size, 0))
+        return replace(host, devices=(smaller, *others))
+
+    async def _link(self, peer: Peer) -> Link:
+        known = self._links.get(peer.name)
+        if known is not None and time.monotonic() - known[0] < LINK_S:
+            return known[1]
+        assert self._context is not None
+        try:
+            link = await measure(peer.host, self._tunnel_port(peer), self._context)
+        except TunnelError as error:
+            raise LlamaServerError(f"the link to {peer.name} cannot be measured: {error}") from error
+        self._links[peer.name] = (time.monotonic(), link)
+        return link
+
+    def _tunnel_port(self, peer: Peer) -> int:
+        port = peer.report.rpc.tunnel_port if peer.report and peer.report.rpc else None
+        if port is None:
+            raise TunnelError(f"{peer.name} has joined no fleet")
+        return port
+
+    def _build(self) -> str | None:
+        program = llama_cpp.program("llama-server")
+        return program.build if program else None
+
+    # Loading
+
+    async def start(self, model: ServedModel, launch: Launch) -> ShardedServer:
+        """Return a server with ``model`` loaded over as many machines as it needs.
+
+        Raises NoRoom if it fits nowhere, LlamaServerError if it could not be loaded all the same. Loads are
+        serial, as Ollama's are: two plans must not count on the same memory.
+        """
+        load = self._loads[model.key] = Load(model)
+        try:
+            async with self._one_at_a_time:
+                return await self._start(load, launch)
+        except LlamaServerError as error:
+            load.error = str(error)
+            load.enter("failed")
+            raise
+        except asyncio.CancelledError:
+            del self._loads[model.key]
+            raise
+
+    async def _start(self, load: Load, launch: Launch) -> ShardedServer:
+        why = "a request"
+        for attempt in range(ATTEMPTS):
+            load.enter("planning")
+            made = await self._plan(load.model, launch)
+            load.plan = self._record(load.model, launch, made, why)
+            self.plans_made += 1
+            self.replans_made += attempt > 0
+            load.remote_bytes = sum(share.weight_bytes for share in made.shares if share.device.host != LOCAL)
+            try:
+                return await self._load(load, launch, made)
+            except Broken as broken:
+                log.warning("%s: the plan failed: %s", load.model.name, broken.reason)
+                why = f"the plan before failed: {broken.reason}"
+                if broken.node is not None:
+                    self.blame(broken.node, broken.reason)
+        raise LlamaServerError(f"llama-server process has terminated: {ATTEMPTS} plans failed; {why}")
+
+    async def _plan(self, model: ServedModel, launch: Launch) -> Plan:
+        """Plan without those who failed lately, with them if the model fits nowhere else. Raises NoRoom."""
+        await self.agents.refresh()
+        now_s = time.monotonic()
+        avoid = {node: why for node, (until_s, why) in self._blamed.items() if until_s > now_s}
+        _, (planned, left_out) = await self.survey(model, launch, avoid)
+        if isinstance(planned, TooBig) and avoid:
+            _, (planned, left_out) = await self.survey(model, launch)
+        if isinstance(planned, TooBig):
+            without = "; ".join(f"{node} is left out: {why}" for node, why in left_out.items())
+            raise NoRoom(too_big(model.name, planned) + (f" ({without})" if without else ""))
+        return planned
+
+    async def _load(self, load: Load, launch: Launch, made: Plan) -> ShardedServer:
+        load.enter("starting")
+        programs = llama_cpp.find("llama-server").programs
+        if not programs:
+            raise LlamaServerError("no llama-server that can use other machines was found; install one")
+        program, leases = programs[0], await self._lease(made, programs[0].build)
+        try:
+            endpoints = {place: lease.endpoint for place, lease in leases.items()}
+            server = await ShardedServer.spawn(program.command, launch, made.flags(endpoints))
+        except BaseException:
+            await _close(leases)
+            raise
+        assert load.plan is not None
+        server.adopt(load.plan, leases)
+        load.server = server
+        load.enter("loading")
+        try:
+            await server.ready(STUCK_S + 4 * made.load_s)
+        except LlamaServerError as error:
+            culprit = await server.inquest()
+            await server.stop()
+            node, reason = culprit or (None, str(error))
+            raise Broken(node, reason) from error
+        except asyncio.CancelledError:
+            await server.stop()
+            raise
+        server.loading = False
+        load.enter("ready")
+        self._background(self._follow(load, server))
+        log.info("%s is loaded over %d devices in %.1f s", load.model.name, len(made.shares), server.load_s)
+        return server
+
+    async def _lease(self, made: Plan, build: str) -> dict[Place, Lease]:
+        """Lease an rpc-server on every other machine of the plan. Raises Broken, with none kept."""
+        places = [share.device for share in made.shares if share.device.host != LOCAL]
+
+        async def take(node: str, device: str) -> Lease:
+            assert self._context is not None
+            peer = self.agents[node]
+            return await Lease.open(
+                peer.host, self._tunnel_port(peer), self._context, device=device, build=build, threads=None
+            )
+
+        taken = await asyncio.gather(
+            *(take(place.host, place.name) for place in places), return_exceptions=True
+        )
+        leases = {
+            (place.host, place.name): lease
+            for place, lease in zip(places, taken, strict=True)
+            if isinstance(lease, Lease)
+        }
+        for place, failure in zip(places, taken, strict=True):
+            if isinstance(failure, BaseException):
+                await _close(leases)
+                if isinstance(failure, TunnelError):
+                    raise Broken(place.host, str(failure)) from failure
+                raise failure
+        return leases
+
+    async def _follow(self, load: Load, server: ShardedServer) -> None:
+        """Wait for the end of a loaded model; blame whoever caused it."""
+        await server.exited
+        if (culprit := await server.inquest()) is not None:
+            self.blame(*culprit)
+        await server.stop()
+        if self._loads.get(load.model.key) is load:
+            del self._loads[load.model.key]
+
+    def blame(self, node: str, reason: str) -> None:
+        """Leave ``node`` out of plans for a while, where the others suffice."""
+        self._blamed[node] = (time.monotonic() + BLAMED_S, f"it failed lately: {reason}")
+        self._links.pop(node, None)
+
+    async def settled(self) -> None:
+        """Wait until every model that has ended is known to have, and by whose fault."""
+        ending = [
+            self._follow_up(load)
+            for load in self._loads.values()
+            if load.server and load.server.exited.done()
+        ]
+        await asyncio.gather(*ending)
+
+    async def _follow_up(self, load: Load) -> None:
+        assert load.server is not None
+        if (culprit := await load.server.inquest()) is not None:
+            self.blame(*culprit)
+
+    def _record(self, model: ServedModel, launch: Launch, made: Plan, why: str) -> ShardPlan:
+        kept = ShardPlan(
+            id=token_hex(6),
+            model=model.name,
+            made_at=datetime.now(UTC),
+            reason=why,
+            num_ctx=launch.num_ctx,
+            parallel=launch.parallel,
+            shares=[
+                ShardShare(
+                    node=share.device.host,
+                    device=share.device.name,
+                    first_layer=share.first_layer,
+                    layers=share.layers,
+                    output=share.output,
+                    memory_bytes=share.memory_bytes,
+                    ms_per_token=share.ms,
+                )
+                for share in made.shares
+            ],
+            ms_per_token=made.ms_per_token,
+            load_s=made.load_s,
+        )
+        self.journal.add(kept)
+        return kept
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
+
+
+def too_big(name: str, found: TooBig) -> str:
+    """Return the sentence for a model that fits nowhere, in words that a router knows from Ollama."""
+    sentence = (
+        f"model requires more system memory ({_gib(found.needed_bytes)}) than is available "
+        f"({_gib(found.available_bytes)}): {name} is {_gib(found.missing_bytes)} too big "
+        f"for all machines together at num_ctx {found.num_ctx}"
+    )
+    return sentence + (f"; it would fit at {found.largest_num_ctx}" if found.largest_num_ctx else "")
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _measured(share: ShardShare, server: ShardedServer) -> ShardShare:
+    lease = server.leases.get((share.node, share.device))
+    if lease is None:
+        return share
+    held = server.held_bytes(f"RPC0[{lease.endpoint}]")
+    return share.model_copy(update={"used_bytes": held})
+
+
+async def _close(leases: Mapping[Place, Lease]) -> None:
+    await asyncio.gather(*(lease.close() for lease in leases.values()))
