@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mitmproxy import http
 
-from proxy_addon import record
+from proxy_addon import plans, record
 from proxy_addon.http_stream import NextChunk
 from proxy_addon.record import Record
 from proxy_addon.relay import Tee, framing_of
@@ -30,6 +30,7 @@ class Answer:
         rec, response = record.of(flow), flow.response
         if rec is None or response is None:
             return
+        rec.shard_plan = plans.of_answer(response.headers, rec.node, rec.ask.key if rec.ask else "")
         mark(response, rec)
         if rec.placed and response.status_code < 400:
             framing = framing_of(response)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -38,6 +39,7 @@ from proxy_addon.journal import Journal
 from proxy_addon.layers import Layers
 from proxy_addon.one_server.addon import OneServer
 from proxy_addon.placement.calibration import observe_sizes
+from proxy_addon.plans import Plans
 from proxy_addon.protect import protect
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
@@ -87,6 +89,9 @@ class Sollol:
         self._tasks: list[asyncio.Task[None]] = []
         self._saves = True  #: the last time that speeds were written, they could be
         self.ready = asyncio.Event()  #: every node was looked at once
+
+        plans = Plans(self.journal.plans, (self.journal.planned, self.telemetry.planned))
+        self.fleet.on_news += [plans.look, partial(observe_sizes, speeds=self.speeds)]
 
         guard = Guard(settings, self.fleet)
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
@@ -162,7 +167,6 @@ class Sollol:
     async def _save_always(self) -> None:
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
-            observe_sizes(self.fleet, self.speeds)
             await asyncio.to_thread(self._save)
 
     def _save(self) -> None:

@@ -19,6 +19,7 @@ from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
 from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
+from proxy_addon.placement.diversion import Diversion
 from proxy_addon.placement.policies import decide
 from proxy_addon.record import Attempt, Record
 from proxy_addon.retry import backoff_s
@@ -41,6 +42,7 @@ class Dispatch:
         self.fleet = fleet
         self.speeds = speeds
         self.settings = settings
+        self.rules = Diversion(settings.shard.models, settings.shard.min_gpu_share)
         self.now = now
         self.stamp = stamp
         self.closing = False  #: the end has come: nothing is placed any more
@@ -50,8 +52,9 @@ class Dispatch:
         """Point ``flow`` at the best node; None once that is done, else the client's answer.
 
         Nodes in ``rec.excluded`` are not tried. When nobody is left, it waits (exponential back-off) and
-        starts over without those whose failure will not pass, up to ``retry.rounds`` rounds. Returns None
-        at once, unplaced, when the client has left.
+        starts over without those whose failure will not pass, up to ``retry.rounds`` rounds, or for
+        ``shard.wait_s`` where only a coordinator could serve that may come back. Returns None at once,
+        unplaced, when the client has left.
         """
         assert rec.ask is not None
         while True:
@@ -64,7 +67,9 @@ class Dispatch:
             if self.fleet.nobody_stores(rec.ask.key) and self.fleet.up(self.now()):
                 return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
-            if rec.rounds >= self.settings.retry.rounds or self._hopeless(rec):
+            if not self._awaits(rec, decision) and (
+                rec.rounds >= self.settings.retry.rounds or self._hopeless(rec)
+            ):
                 return self._answer(rec, 503, self._nobody(decision), {"retry-after": "2"})
             retry = self.settings.retry
             await _unless_left(
@@ -84,6 +89,7 @@ class Dispatch:
             self.now(),
             policy=self.settings.placement,
             excluded=rec.excluded,
+            rules=self.rules,
         )
         rec.decisions.append(decision)
         return decision
@@ -94,7 +100,8 @@ class Dispatch:
             return False
         excluded = {**rec.excluded, node.name: reason}
         policy = self.settings.placement
-        return decide(rec.ask, self.fleet, self.speeds, self.now(), policy, excluded).node is not None
+        decision = decide(rec.ask, self.fleet, self.speeds, self.now(), policy, excluded, self.rules)
+        return decision.node is not None
 
     def send(self, flow: http.HTTPFlow, rec: Record, node: Node, decision: Decision | None = None) -> None:
         """Point ``flow`` at ``node`` and count it in flight there."""
@@ -130,6 +137,14 @@ class Dispatch:
         if rec.attempts and rec.attempts[-1].outcome is None:
             attempt = rec.attempts[-1]
             attempt.ended_s, attempt.outcome, attempt.detail = self.now(), outcome, detail
+
+    def _awaits(self, rec: Record, decision: Decision) -> bool:
+        """Whether it is worth to wait on for a coordinator; the time runs from the first such moment."""
+        if not any(name not in rec.hopeless for name in decision.awaits):
+            return False
+        if rec.awaits_until_s is None:
+            rec.awaits_until_s = self.now() + self.settings.shard.wait_s
+        return self.now() < rec.awaits_until_s
 
     def _hopeless(self, rec: Record) -> bool:
         """Whether another round could only repeat what this one has shown."""

@@ -1,5 +1,7 @@
 """Every finished request with its decisions, attempts and terms: the last ones in memory, more on disk.
 
+Between them stand the plans of sharded models, once each.
+
 No text of a prompt or an answer is ever in it: an entry is made of lengths, names and times.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from agent.report import ShardPlan
 from proxy_addon.placement.decision import Decision
 from proxy_addon.record import Record
 
@@ -28,6 +31,7 @@ IN_MEMORY = 1000
 FILE_BYTES = 8 << 20  #: two files of this size at most: the current one and the one before
 FLUSH_AFTER_S = 0.5  #: entries reach the disk in batches, so long after the first of a batch
 UNWRITTEN = 10_000  #: a disk that hangs costs the oldest entries, never memory without end
+PLANS = 200  #: of sharded models, in memory; one is made for each load and each loss of a node
 CANDIDATES = 50  #: in an entry; of a larger fleet the cheapest, with the number left out
 
 
@@ -62,6 +66,8 @@ def entry(record: Record, ended_at: datetime) -> Entry:
         for attempt in record.attempts
     ]
     made["stats"] = asdict(record.stats) if record.stats else None
+    if record.shard_plan is not None:
+        made["shard_plan"] = record.shard_plan
     return made
 
 
@@ -89,6 +95,7 @@ class Journal:
         self.lost = 0  #: entries that could not be written
         self._file_bytes = file_bytes
         self._clock = clock
+        self.plans: OrderedDict[str, Entry] = OrderedDict()  #: of sharded models, by id, the newest last
         self._ring: deque[Entry] = deque(self._read_back(), maxlen=in_memory)
         self._unwritten: deque[Entry] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -101,6 +108,20 @@ class Journal:
             return
         made = entry(record, self._clock())
         self._ring.append(made)
+        self._write_soon(made)
+
+    def planned(self, coordinator: str, plan: ShardPlan) -> None:
+        """Keep a plan that ``coordinator`` has told of."""
+        made = {"coordinator": coordinator, "plan": plan.model_dump(mode="json")}
+        self._keep(made)
+        self._write_soon(made)
+
+    def _keep(self, made: Entry) -> None:
+        self.plans[made["plan"]["id"]] = made
+        if len(self.plans) > PLANS:
+            self.plans.popitem(last=False)
+
+    def _write_soon(self, made: Entry) -> None:
         self._unwritten.append(made)
         if len(self._unwritten) > UNWRITTEN:
             self._unwritten.popleft()
@@ -110,7 +131,8 @@ class Journal:
 
     def get(self, request_id: str) -> Entry | None:
         """The request with this id, if it is among those in memory."""
-        return next((made for made in reversed(self._ring) if made["id"] == request_id), None)
+        made = next((made for made in reversed(self._ring) if made["id"] == request_id), None)
+        return self._with_plan(made) if made is not None else None
 
     def recent(self, limit: int) -> list[Entry]:
         """Up to ``limit`` requests that were placed or should have been, the newest first."""
@@ -119,8 +141,13 @@ class Journal:
             if len(found) >= limit:
                 break
             if made["decisions"]:
-                found.append(made)
+                found.append(self._with_plan(made))
         return found
+
+    def _with_plan(self, made: Entry) -> Entry:
+        """``made`` with the plan by which it was served, where that is known."""
+        plan = self.plans.get(made.get("shard_plan", ""))
+        return made | {"plan": plan["plan"]} if plan is not None else made
 
     async def close(self) -> None:
         """Write what is unwritten."""
@@ -174,5 +201,9 @@ class Journal:
                     made = orjson.loads(line)
                 except orjson.JSONDecodeError:
                     continue
-                if isinstance(made, dict) and "id" in made and "decisions" in made:
+                if not isinstance(made, dict):
+                    continue
+                if "id" in made and "decisions" in made:
                     yield made
+                elif isinstance(made.get("plan"), dict) and "id" in made["plan"]:
+                    self._keep(made)

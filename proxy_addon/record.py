@@ -70,6 +70,7 @@ class Record:
     hopeless: dict[str, str] = field(default_factory=dict)  #: node → why it is not tried again at all
     idle_closed: set[str] = field(default_factory=set)  #: nodes that had closed a kept connection
     broken: Counter[str] = field(default_factory=Counter)  #: node → attempts under which it broke
+    awaits_until_s: float | None = None  #: how long a coordinator is waited for, once there is nobody else
     rounds: int = 0  #: how often every candidate was tried in vain
     abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
     left: bool = False  #: the client has gone
@@ -83,6 +84,7 @@ class Record:
     stats: FinalStats | None = None
     status: int | None = None  #: what the client was sent
     outcome: str | None = None  #: ok, refused (4xx), failed (5xx), cut (in mid-answer), client_left
+    shard_plan: str | None = None  #: id of the plan by which a coordinator answered
     origin: str | None = None  #: the browser origin whose page may read the answer
 
     def client_left(self) -> None:

@@ -32,12 +32,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from agent.ollama import names
 from agent.report import NodeKind
 from proxy_addon.settings_sources import Layer, SettingsError, dotted, from_file, from_pairs, from_variables
 
 __all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "load"]
 
-OLLAMA_PORT = 11434
+OLLAMA_PORT, SHARD_PORT = 11434, 11436
+SHARD_SCHEME = "shard://"
 PREFIX = "SOLLOL_"
 #: Variables of the other parts (and of the command line), which share the prefix.
 FOREIGN = re.compile(
@@ -67,6 +69,7 @@ def _known_mode(spec: str) -> str:
 Mode = Annotated[str, AfterValidator(_known_mode)]
 Listed = BeforeValidator(_split)
 Names = Annotated[tuple[str, ...], Listed]
+ModelName = Annotated[str, AfterValidator(names.canonical)]
 Networks = Annotated[tuple[IPvAnyNetwork, ...], Listed]
 
 
@@ -95,39 +98,48 @@ class Address(_Part):
         return _address(value) if isinstance(value, str) else value
 
 
-def _address(text: str) -> dict[str, Any]:
+def _address(text: str, port: int = OLLAMA_PORT) -> dict[str, Any]:
     """Host and port of ``text``, by Ollama's reading of OLLAMA_HOST (``envconfig.Host``)."""
     scheme, separator, rest = text.strip().rpartition("://")
     if separator and scheme != "http":
         raise ValueError("should be host:port of a plain HTTP server")
     rest = rest.removesuffix("/")
-    default_port = "80" if separator else str(OLLAMA_PORT)
+    default = "80" if separator else str(port)
     if rest.startswith("["):
         host, bracket, tail = rest[1:].partition("]")
-        port = tail.removeprefix(":") or default_port
+        given = tail.removeprefix(":") or default
         broken = not bracket or (tail and not tail.startswith(":"))
     elif rest.count(":") > 1:
-        host, port, broken = rest, default_port, False
+        host, given, broken = rest, default, False
     else:
-        host, _, port = rest.partition(":")
-        port = port or default_port
+        host, _, given = rest.partition(":")
+        given = given or default
         broken = False
-    if broken or not port.isdecimal() or any(c in "/?#@ " for c in host):
+    if broken or not given.isdecimal() or any(c in "/?#@ " for c in host):
         raise ValueError("should be host:port")
-    return {"host": host or "127.0.0.1", "port": port}
+    return {"host": host or "127.0.0.1", "port": given}
 
 
 class NodeSettings(Address):
     """A node that is always part of the fleet."""
 
     port: int = Field(OLLAMA_PORT, ge=1, le=65535, description="where its Ollama listens")
-    kind: NodeKind = Field("ollama", description="what answers there: an Ollama, or `sollol shard serve`")
+    kind: NodeKind = Field(
+        "ollama", description="what answers there: an Ollama, or `sollol shard serve`; also shard://HOST:PORT"
+    )
     agent: str | None = Field(None, description="base URL of its agent; default http://HOST:11435")
     parallel: PositiveInt = Field(1, description="its OLLAMA_NUM_PARALLEL, which Ollama does not report")
     priority: int = Field(5, ge=1, le=10, description="only the policy score reads it")
     preferred_tasks: Annotated[frozenset[str], Listed] = Field(
         frozenset(), description="generation, embedding; only the policy score reads it"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().startswith(SHARD_SCHEME):
+            return _address(value.strip().removeprefix(SHARD_SCHEME), SHARD_PORT) | {"kind": "shard"}
+        return _address(value) if isinstance(value, str) else value
 
     @field_validator("agent")
     @classmethod
@@ -151,6 +163,20 @@ class Pull(_Part):
     """What a pull without a target does."""
 
     replicas: PositiveInt = Field(1, description="how many nodes a new model is pulled to")
+
+
+class Shard(_Part):
+    """What goes to a coordinator (`sollol shard serve`) besides models that no other node holds."""
+
+    models: Annotated[frozenset[ModelName], Listed] = Field(
+        frozenset(), description="names of models that only coordinators serve, whoever holds them"
+    )
+    min_gpu_share: float = Field(
+        0, ge=0, le=1, description="a node with less of a model on its GPUs does not count as holding it"
+    )
+    wait_s: NonNegativeFloat = Field(
+        60, description="for a coordinator to come back, if nobody else can serve"
+    )
 
 
 class Timeouts(_Part):
@@ -220,6 +246,7 @@ class Settings(_Part):
         description="where answers name their node; body: in _sollol_routing of the final object, too",
     )
     pull: Pull = Pull()
+    shard: Shard = Shard()
     signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")
     timeouts: Timeouts = Timeouts()
     retry: Retry = Retry()

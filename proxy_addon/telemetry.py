@@ -21,7 +21,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from agent.ollama import names
+from agent.report import ShardPlan
 from proxy_addon import load
+from proxy_addon.fleet import coordinators
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.record import Record
 
@@ -107,6 +109,9 @@ class Telemetry:
         self._hook_errors = Counter(
             "sollol_hook_errors", "Exceptions in the proxy's own code.", ("hook",), registry=registry
         )
+        self._plans = Counter(
+            "sollol_shard_plans", "Plans of sharded models, replans included.", ("host",), registry=registry
+        )
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
         registry.register(_FleetCollector(fleet, self.tallies, now))
@@ -135,6 +140,10 @@ class Telemetry:
     def retried(self, reason: str) -> None:
         """Count a retry; ``reason`` is the retry table's word."""
         self._retries.labels(reason).inc()
+
+    def planned(self, coordinator: str, plan: ShardPlan) -> None:
+        """Count a plan of a sharded model."""
+        self._plans.labels(coordinator).inc()
 
     def hook_failed(self, hook: str) -> None:
         """Count an exception in ``hook``."""
@@ -191,7 +200,28 @@ class _FleetCollector(Collector):
         )
         for priority, count in sorted(load.waiting(self._fleet).items()):
             depth.add_metric((str(priority),), count)
-        yield from (health, memory, in_flight, depth, self._latency())
+        yield from (health, memory, in_flight, depth, self._latency(), *self._sharded())
+
+    def _sharded(self) -> Iterator[Metric]:
+        progress = GaugeMetricFamily(
+            "sollol_shard_load_progress",
+            "How far the load of a sharded model is, 1 once it is ready.",
+            labels=("host", "model"),
+        )
+        held = GaugeMetricFamily(
+            "sollol_shard_device_bytes",
+            "Memory of a device for a sharded model: as planned, and as measured.",
+            labels=("host", "node", "device", "model", "kind"),
+        )
+        for coordinator in self._fleet:
+            for load_ in coordinators.loads(coordinator.report):
+                progress.add_metric((coordinator.name, load_.model), load_.progress)
+                for share in load_.plan.shares if load_.plan is not None else ():
+                    labels = (coordinator.name, share.node, share.device, load_.model)
+                    held.add_metric((*labels, "expected"), share.memory_bytes)
+                    if share.used_bytes is not None:
+                        held.add_metric((*labels, "used"), share.used_bytes)
+        yield from (progress, held)
 
     def _latency(self) -> Metric:
         latency = Metric(

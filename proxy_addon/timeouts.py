@@ -37,10 +37,11 @@ def first_byte_limit_s(limits: Limits, rec: Record) -> float:
     limit_s = limits.first_byte_s if streamed else limits.whole_answer_s
     if rec.flight is None:
         return max(limit_s, limits.load_s)
-    if rec.flight.load:
-        limit_s += limits.load_s
     chosen = rec.decisions[-1].chosen if rec.decisions else None
     terms = chosen.terms if chosen else {}
+    if rec.flight.load or (rec.node is not None and rec.node.coordinator):
+        # A coordinator that loses a backend plans and loads anew without a word.
+        limit_s += max(limits.load_s, ESTIMATE_ROOM * terms.get("load_s", 0.0))
     work_s = terms.get("prefill_s", 0.0) + (0.0 if streamed else terms.get("decode_s", 0.0))
     return limit_s + terms.get("wait_s", 0.0) + ESTIMATE_ROOM * work_s
 

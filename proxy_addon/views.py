@@ -53,6 +53,8 @@ def status(fleet: Fleet, telemetry: Telemetry, policy: str, now_s: float) -> dic
     rows = nodes(fleet, telemetry, now_s)
     for row in rows:
         row["models"] = len(row["models"])
+        if row["shard"] is not None:
+            row["shard"] = {"loads": row["shard"]["loads"]}
     return {
         "status": condition(fleet, now_s),
         "policy": policy,
@@ -99,6 +101,7 @@ def _node(node: Node, tally: Tally, now_s: float) -> dict[str, Any]:
         ],
         "cpu_utilisation": node.report.host.cpu_utilisation if node.report else None,
         "stale": node.report.stale if node.report else {},
+        "shard": node.report.shard.model_dump(mode="json") if node.report and node.report.shard else None,
     }
 
 

@@ -21,6 +21,7 @@ from proxy_addon.commands.client import (
     human_s,
     print_json,
 )
+from proxy_addon.commands.sharded import plan_table
 
 
 def explain(
@@ -63,6 +64,12 @@ def show(made: dict[str, Any], to: Console) -> None:
         to.print(_attempts(made["attempts"]))
     if made["stats"]:
         to.print(_stats(made["stats"]))
+    if made.get("plan"):
+        to.print(plan_table(made["plan"]))
+    elif made.get("shard_plan"):
+        to.print(
+            Text.assemble(("\nplan ", "bold"), f"{made['shard_plan']}, which is no longer in the journal")
+        )
 
 
 def _summary(made: dict[str, Any]) -> Text:

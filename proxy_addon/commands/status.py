@@ -25,6 +25,7 @@ from proxy_addon.commands.client import (
     human_s,
     print_json,
 )
+from proxy_addon.commands.sharded import load_lines
 
 PATH = "/sollol/status"
 COLOURS = {"up": "green", "returning": "yellow", "full": "yellow", "new": "dim", "leaving": "dim"}
@@ -87,7 +88,7 @@ def render(answer: dict[str, Any]) -> RenderableType:
     for row in nodes:
         table.add_row(*_cells(row))
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
-    return Group(head, table, *reasons)
+    return Group(head, table, *reasons, *load_lines(nodes))
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:

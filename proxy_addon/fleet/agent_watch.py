@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from yarl import URL
 
@@ -27,7 +28,9 @@ class AgentWatch:
     is taken for this node's agent only if it reports on an Ollama with this node's port.
     """
 
-    def __init__(self, node: Node, settings: Settings, http: Http, proxy_id: str) -> None:
+    def __init__(
+        self, node: Node, settings: Settings, http: Http, proxy_id: str, on_report: Callable[[Node], None]
+    ) -> None:
         self._node = node
         self._http = http
         self._timeout_s = settings.poll.timeout_s
@@ -35,6 +38,7 @@ class AgentWatch:
         self._guesses = settings.discovery.agents
         self._token = settings.agent_token
         self._proxy_id = proxy_id
+        self._on_report = on_report
         self._next_guess_s = 0.0
         self._guessed = False
         self._failures = 0
@@ -54,11 +58,12 @@ class AgentWatch:
 
     async def _guess(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        if not self._guesses or now_s < self._next_guess_s:
+        # A coordinator reports for itself, beside the Ollama API: to ask it there is no guess.
+        itself = self._node.kind == "shard"
+        if not itself and (not self._guesses or now_s < self._next_guess_s):
             return
         self._next_guess_s = now_s + GUESS_EVERY_S
-        # A coordinator reports for itself, beside the Ollama API.
-        port = self._node.port if self._node.kind == "shard" else AGENT_PORT
+        port = self._node.port if itself else AGENT_PORT
         url = str(URL.build(scheme="http", host=self._node.host, port=port))
         try:
             report = await self._fetch(url)
@@ -67,7 +72,7 @@ class AgentWatch:
         except PollFailed:
             return  # most nodes have none
         else:
-            if URL(report.ollama.url).port == self._node.port:
+            if itself or URL(report.ollama.url).port == self._node.port:
                 self._node.agent_url, self._guessed = url, True
                 self._take(report)
 
@@ -86,6 +91,7 @@ class AgentWatch:
         node.report_s = asyncio.get_running_loop().time()
         self._failures = 0
         self._said = None
+        self._on_report(node)
 
     def _failed(self, failure: PollFailed) -> None:
         self._failures += 1

@@ -14,17 +14,18 @@ on the accelerator" and are predicted from there, so that one measurement serves
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.report import Report
+from agent.report import Report, ShardModel
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet import hardware
+from proxy_addon.fleet.coordinators import priors
 from proxy_addon.fleet.hardware import Hardware
 from proxy_addon.fleet.measured import PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
-from proxy_addon.placement.memory import Room, room_of
+from proxy_addon.placement.memory import NOTHING_SEEN, Room, room_of
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask
@@ -41,6 +42,7 @@ MAX_PREFILL_PER_DECODE = 500.0  #: beyond it the prompt was in the prefix cache 
 MIN_DECODE_TOKENS = 4
 MIN_LOAD_S = 0.1  #: a shorter "load" only looked up a loaded runner
 MAX_LOAD_BYTES_S = 64e9  #: PCIe 5.0 ×16; what is faster was no load
+MAX_SIZES = 16  #: contexts of which a model's size is kept: clients choose them
 LOST_S = 1.0  #: what a failed attempt costs at least: a retry of a limited budget, a cold prefix cache
 
 
@@ -54,6 +56,7 @@ class Estimate:
     load_bytes_s: float
     hardware: Hardware  #: what the estimate was made from
     size_bytes: int
+    prior: ShardModel | None = None  #: as well, on a coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Machine:
     report: Report | None
     hardware: Hardware
     room: Room | None  #: None without a report
+    sharded: dict[str, ShardModel]  #: what a coordinator expects of its models, by canonical name
 
 
 class Speeds:
@@ -106,15 +110,21 @@ class Speeds:
             promise, room = hardware.of(report), room_of(report) if report else None
             if seen is not None and seen.hardware == promise:
                 promise = seen.hardware  # the same object, by which estimates know that they are still good
-            seen = self._machines[name] = Machine(report, promise, room)
+            seen = self._machines[name] = Machine(report, promise, room, priors(report))
         return seen
 
     def estimate(self, name: str, machine: Machine, key: str, size_bytes: int) -> Estimate:
         """The speeds of the model ``key`` of ``size_bytes`` on the node ``name``, which is ``machine``."""
         cache = self._cache.setdefault(key, {})
         found = cache.get(name)
-        if found is None or found.hardware is not machine.hardware or found.size_bytes != size_bytes:
-            found = cache[name] = self._estimate(name, machine.hardware, key, size_bytes)
+        if (
+            found is None
+            or found.hardware is not machine.hardware
+            or found.size_bytes != size_bytes
+            or found.prior != machine.sharded.get(key)
+        ):
+            prior = machine.sharded.get(key)
+            found = cache[name] = self._estimate(name, machine.hardware, key, size_bytes, prior)
         return found
 
     def output_tokens(self, ask: Ask) -> float:
@@ -131,10 +141,12 @@ class Speeds:
         model = self.models.get(ask.key)
         return ask.prompt_tokens * (model.prompt_ratio.value if model else 1.0)
 
-    def size_ratio(self, key: str) -> float:
-        """How many times its estimate the model ``key`` takes in memory; 1 before it was seen there."""
+    def sizes(self, key: str) -> Mapping[int, float]:
+        """What the model ``key`` was seen to take: the tokens that it could hold then → bytes in memory."""
         model = self.models.get(key)
-        return model.size_ratio.value if model else 1.0
+        if model is None or not model.sizes:
+            return NOTHING_SEEN
+        return {tokens: size.value for tokens, size in model.sizes.items()}
 
     def failure_odds(self, name: str, now_s: float) -> float:
         """Failed attempts to expect on the node ``name`` before one succeeds."""
@@ -152,7 +164,9 @@ class Speeds:
         node = self.nodes.get(name)
         return 1 - (node.outcomes.failure(now_s) if node else PRIOR_FAILURE)
 
-    def _estimate(self, name: str, promise: Hardware, key: str, size_bytes: int) -> Estimate:
+    def _estimate(
+        self, name: str, promise: Hardware, key: str, size_bytes: int, prior: ShardModel | None
+    ) -> Estimate:
         learned = self.nodes.get(name) or OfNode()
         model = learned.models.get(key) or ModelOnNode()
         best = self._best.get(promise.known, (1.0, 1.0))
@@ -165,7 +179,11 @@ class Speeds:
         decode_tok_s = model.decode_tok_s.measured or promise.decode_tok_s(size_bytes) * decode
         load_bytes_s = learned.load_bytes_s.measured or hardware.LOAD_BYTES_S
         load_s = model.load_s.measured or size_bytes / load_bytes_s
-        return Estimate(prefill_tok_s, decode_tok_s, load_s, load_bytes_s, promise, size_bytes)
+        if prior is not None:  # of the plan over several machines, of which the hardware knows but one
+            prefill_tok_s = model.prefill_tok_s.measured or prior.prefill_tok_s or prefill_tok_s
+            decode_tok_s = model.decode_tok_s.measured or prior.decode_tok_s or decode_tok_s
+            load_s = model.load_s.measured or prior.load_s or load_s
+        return Estimate(prefill_tok_s, decode_tok_s, load_s, load_bytes_s, promise, size_bytes, prior)
 
     # what is learned
 
@@ -196,11 +214,13 @@ class Speeds:
         here = learned.models.setdefault(ask.key, ModelOnNode())
         self._of_model(ask, stats)
         decode_tok_s = _decode_tok_s(ask, stats, first_byte_s, total_s)
-        self._prefill(learned, here, stats, decode_tok_s, machine.prefill_tok_s(row.size))
+        promised_tok_s = None if node.coordinator else machine.prefill_tok_s(row.size)
+        self._prefill(learned, here, stats, decode_tok_s, promised_tok_s)
         if decode_tok_s:
             alone = decode_tok_s * _handicap(node, ask.key, concurrency, machine)
             here.decode_tok_s.add(alone)
-            learned.decode.add(alone / machine.decode_tok_s(row.size))
+            if not node.coordinator:  # its own hardware is a part of it only
+                learned.decode.add(alone / machine.decode_tok_s(row.size))
         # Ollama's load_duration includes waiting for other requests, so only a lone one tells of the load.
         if stats.load_s and stats.load_s >= MIN_LOAD_S and concurrency <= 1:
             load_bytes_s = row.size / stats.load_s
@@ -215,11 +235,16 @@ class Speeds:
         learned.outcomes.add(True, now_s)
         learned.lost_s.add(max(lost_s, 0.0))
 
-    def observe_size(self, key: str, observed_bytes: int, estimated_bytes: int) -> None:
-        """Learn how much memory the model ``key`` takes; see ``memory.need_bytes`` for the estimate."""
-        if observed_bytes > 0 and estimated_bytes > 0:
-            ratio = min(max(observed_bytes / estimated_bytes, 0.25), 4.0)
-            self.models.setdefault(key, OfModel()).size_ratio.add(ratio)
+    def observe_size(self, key: str, tokens: int, size_bytes: int) -> None:
+        """Learn how much memory the model ``key`` takes where it can hold ``tokens`` (all its sequences)."""
+        if size_bytes <= 0 or tokens <= 0:
+            return
+        sizes = self.models.setdefault(key, OfModel()).sizes
+        size = sizes.pop(tokens, None) or Rate()
+        size.add(size_bytes)
+        sizes[tokens] = size  # at the end: who was seen longest ago is forgotten first
+        if len(sizes) > MAX_SIZES:
+            del sizes[next(iter(sizes))]
 
     def _of_model(self, ask: Ask, stats: FinalStats) -> None:
         model = self.models.setdefault(ask.key, OfModel())
@@ -234,7 +259,7 @@ class Speeds:
         here: ModelOnNode,
         stats: FinalStats,
         decode_tok_s: float | None,
-        promised_tok_s: float,
+        promised_tok_s: float | None,
     ) -> None:
         """Learn the prefill speed from below.
 
@@ -247,7 +272,8 @@ class Speeds:
         if decode_tok_s and measured_tok_s > decode_tok_s * MAX_PREFILL_PER_DECODE:
             return
         here.prefill_tok_s.add_bounded(measured_tok_s, PREFILL_GAIN_UP)
-        learned.prefill.add_bounded(measured_tok_s / promised_tok_s, PREFILL_GAIN_UP)
+        if promised_tok_s is not None:
+            learned.prefill.add_bounded(measured_tok_s / promised_tok_s, PREFILL_GAIN_UP)
 
     def _forget_estimates(self, name: str, known: bool) -> None:
         if self._compare(known):
@@ -295,6 +321,8 @@ def _decode_tok_s(ask: Ask, stats: FinalStats, first_byte_s: float, total_s: flo
 def _handicap(node: Node, key: str, concurrency: int, machine: Hardware) -> float:
     """How many times slower than alone and wholly on the accelerator ``node`` worked."""
     resident = node.resident.get(key)
-    share = resident.size_vram / resident.size if resident and resident.size else 1.0
+    share = 1.0
+    if resident and resident.size and not node.coordinator:
+        share = resident.size_vram / resident.size
     beside = slowdown(min(concurrency, node.parallel) - 1)
     return beside * hardware.offload_slowdown(min(share, 1.0), machine.cpu_slowdown)

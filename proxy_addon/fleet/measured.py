@@ -121,7 +121,7 @@ class OfModel:
 
     output_tokens: dict[str, Mean] = field(default_factory=dict)  #: by task
     prompt_ratio: Rate = field(default_factory=Rate)  #: true prompt tokens ÷ estimated ones
-    size_ratio: Rate = field(default_factory=Rate)  #: observed bytes in memory ÷ estimated ones
+    sizes: dict[int, Rate] = field(default_factory=dict)  #: tokens that it could hold → bytes in memory
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class State:
         """For :meth:`from_json`. Safe beside a thread that learns: each table is copied in one step."""
         nodes = {name: _copied(node) for name, node in self.nodes.copy().items()}
         models = {
-            key: OfModel(model.output_tokens.copy(), model.prompt_ratio, model.size_ratio)
+            key: OfModel(model.output_tokens.copy(), model.prompt_ratio, model.sizes.copy())
             for key, model in self.models.copy().items()
         }
         return _STATE.dump_json(State(nodes=nodes, models=models), indent=1)

@@ -82,6 +82,14 @@ class Node:
         """The base URL of its Ollama."""
         return f"http://{self.name}"
 
+    @property
+    def coordinator(self) -> bool:
+        """Whether it runs models over several nodes: its report says so, and its kind before the first one.
+
+        A ``sollol shard serve`` whose report has no ``shard`` is a node like any other.
+        """
+        return self.kind == "shard" if self.report is None else self.report.shard is not None
+
     def up(self, now_s: float) -> bool:
         """Whether it answered its last poll, is not ejected and not on its way out."""
         answers = self.polled_s is not None and self.poll_error is None
@@ -110,8 +118,10 @@ class Fleet:
     nodes: dict[str, Node] = field(default_factory=dict)
     on_lost: list[Callable[[Node, str], None]] = field(default_factory=list)
     #: called with (node, reason) when a node stops answering polls: what it holds unanswered must move
+    on_news: list[Callable[[Node], None]] = field(default_factory=list)
+    #: called with a node that reported, or said that other models are in its memory
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: digest → ``model_info`` of ``/api/show``; arrays are null there; filled in the background
+    #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     views: dict[str, View] = field(default_factory=dict)
     #: canonical name → placement's short memory of who may serve it, in large fleets
 
@@ -152,6 +162,11 @@ class Fleet:
     def nobody_stores(self, key: str) -> bool:
         """Whether no node that could be asked has the model ``key``: then it does not exist here."""
         return not any(key in node.models for node in self)
+
+    def news(self, node: Node) -> None:
+        """Tell everybody who reads what ``node`` says of itself."""
+        for callback in self.on_news:
+            callback(node)
 
     def lost(self, node: Node, reason: str) -> None:
         """Tell everybody who waits for ``node`` that it is gone."""

@@ -67,7 +67,7 @@ class NodeWatch:
         self._poll = settings.poll
         self._on_models = on_models
         self._alive = Liveness(settings.poll.failures_to_lose)
-        self._agent = AgentWatch(node, settings, http, proxy_id)
+        self._agent = AgentWatch(node, settings, http, proxy_id, fleet.news)
         self._url = URL(node.url)
         self._headers: dict[str, str] = {}
         access.stamp(self._headers, proxy_id)
@@ -201,7 +201,9 @@ class NodeWatch:
         self._on_models(self.node)
 
     def _set_resident(self, resident: dict[str, Resident]) -> None:
-        self.node.resident = resident
+        if resident is not self.node.resident:  # the answer was not the same, byte for byte
+            self.node.resident = resident
+            self._fleet.news(self.node)
 
     async def _ask[Row: (Model, Resident)](
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 from yarl import URL
@@ -14,6 +16,9 @@ from proxy_addon.fleet.polls import Http, PollFailed, fetch
 log = logging.getLogger(__name__)
 
 SHOW_TIMEOUT_S = 30.0  #: Ollama reads the head of the model's file for it, perhaps from a sleeping disk
+#: What may be a list with a number for each layer (``memory.shape_of``): null unless ``verbose`` is asked.
+PER_LAYER = ("attention.head_count", "attention.head_count_kv", "attention.sliding_window_pattern")
+MOST_LAYERS = 1024  #: no list that is longer has a number for each layer
 TRIES = 3  #: per digest; another node may have it as well
 
 
@@ -49,11 +54,28 @@ class Shapes:
                 continue
             self._tries[digest] = self._tries.get(digest, 0) + 1
             try:
-                body = await fetch(
-                    self._http, URL(node.url) / "api/show", SHOW_TIMEOUT_S, json={"model": name}
-                )
-                self._fleet.shapes[digest] = dict(orjson.loads(body)["model_info"])
+                self._fleet.shapes[digest] = info = await self._show(node, {"model": name})
+                if wanted := lacking(info):
+                    # Megabytes, for the vocabulary is in it: so only where it says more.
+                    whole = await self._show(node, {"model": name, "verbose": True})
+                    self._fleet.shapes[digest] = info | {
+                        key: whole[key] for key in wanted if _small(whole.get(key))
+                    }
             except PollFailed as failure:
                 log.debug("The shape of %s is not known yet: %s %s.", name, node.name, failure.reason)
             except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
                 log.debug("The shape of %s is not known: %s shows no model_info.", name, node.name)
+
+    async def _show(self, node: Node, question: dict[str, Any]) -> dict[str, Any]:
+        body = await fetch(self._http, URL(node.url) / "api/show", SHOW_TIMEOUT_S, json=question)
+        return dict((await asyncio.to_thread(orjson.loads, body))["model_info"])
+
+
+def lacking(info: Mapping[str, Any]) -> list[str]:
+    """The keys of ``model_info`` that are wanted and null: lists, which were left out."""
+    keys = (f"{info.get('general.architecture')}.{name}" for name in PER_LAYER)
+    return [key for key in keys if key in info and info[key] is None]
+
+
+def _small(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MOST_LAYERS

@@ -163,14 +163,18 @@ class OneServer:
     async def _delete(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         nodes = fan_out.to_delete(self._fleet, ask.key, _now_s())
         answer = await fan_out.delete(self._caller(), nodes, flow.request.path, _body(flow))
-        await self._refresh(nodes)
+        await self._refresh([*nodes, *self._readers(nodes)])
         flow.response = answer.response()
 
     async def _copy(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         nodes = upstream.holders(self._fleet, ask.model, ask.key, _now_s())
         answer = await fan_out.copy(self._caller(), nodes, flow.request.path, _body(flow))
-        await self._refresh(nodes)
+        await self._refresh([*nodes, *self._readers(nodes)])
         flow.response = answer.response()
+
+    def _readers(self, nodes: list[Node]) -> list[Node]:
+        """The coordinators: they list what ``nodes``, which have just changed, store."""
+        return [node for node in self._fleet.up(_now_s()) if node.coordinator and node not in nodes]
 
     async def _pull(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:
         nodes, spares = self._pull_targets(flow, ask)

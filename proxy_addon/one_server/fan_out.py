@@ -28,8 +28,8 @@ async def delete(caller: Caller, nodes: list[Node], path: str, body: bytes) -> A
 
 
 async def copy(caller: Caller, holders: list[Node], path: str, body: bytes) -> Answer:
-    """Copy a model on each of its ``holders``: 200 if any did it."""
-    return _one_of(await caller.ask_all(holders, "POST", path, body), "copy")
+    """Copy a model on each of its ``holders`` that can store one: 200 if any did it."""
+    return _one_of(await caller.ask_all(upstream.storing(holders), "POST", path, body), "copy")
 
 
 async def unload(caller: Caller, nodes: list[Node], path: str, body: bytes) -> Answer:
@@ -38,9 +38,10 @@ async def unload(caller: Caller, nodes: list[Node], path: str, body: bytes) -> A
 
 
 def to_delete(fleet: Fleet, key: str, now_s: float) -> list[Node]:
-    """Who must delete ``key``: every Ollama, whatever the inventory says, and what else lists it.
+    """Who must delete ``key``: every Ollama, whatever the inventory says, and what else stores it.
 
-    A node that is down keeps it, and brings it back into the fleet with it: that is logged.
+    A coordinator lists what is in its machine's store, which is an Ollama's to change. A node that is down
+    keeps it, and brings it back into the fleet with it: that is logged.
 
     Raises:
         BadRequest: 503 if no node is up.
@@ -49,7 +50,7 @@ def to_delete(fleet: Fleet, key: str, now_s: float) -> list[Node]:
     if missed := [node for node in fleet if key in node.models and node not in up]:
         logger.warning("delete of %s does not reach %s, which will still have it", key, names(missed))
     able = upstream.storing(up)
-    return [node for node in up if node in able or key in node.models]
+    return [node for node in up if node in able or (key in node.models and not node.coordinator)]
 
 
 def to_unload(fleet: Fleet, model: str, key: str, now_s: float) -> list[Node]:

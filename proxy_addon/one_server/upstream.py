@@ -130,19 +130,21 @@ def up(fleet: Fleet, now_s: float) -> list[Node]:
 
 
 def storing(nodes: list[Node]) -> list[Node]:
-    """Those of ``nodes`` that can be given models: Ollamas; coordinators only where there is nothing else."""
-    return [node for node in nodes if node.kind == "ollama"] or nodes
+    """Those of ``nodes`` that can be given models: Ollamas; others only where there is nothing else."""
+    return [node for node in nodes if node.kind == "ollama" and not node.coordinator] or nodes
 
 
 def holders(fleet: Fleet, model: str, key: str, now_s: float) -> list[Node]:
     """The nodes that may be asked about ``key`` at the fleet's digest, the least busy first; at least one.
+
+    Coordinators come last: they read another's store.
 
     Raises:
         BadRequest: 404 in Ollama's words if no node has ``model``; 503 if those that have it are down.
     """
     up(fleet, now_s)
     if found := fleet.holders(key, now_s):
-        return sorted(found, key=lambda node: len(node.flights))
+        return sorted(found, key=lambda node: (node.coordinator, len(node.flights)))
     digest = fleet.digest(key)
     lost = [node for node in fleet if key in node.models and digest in (None, node.models[key].digest)]
     if not lost:

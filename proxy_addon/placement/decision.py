@@ -25,6 +25,7 @@ class Decision:
     node: str | None
     candidates: tuple[Candidate, ...]
     reason: str
+    awaits: tuple[str, ...] = ()  #: coordinators that could serve it, but not now; nobody else can
 
     @property
     def chosen(self) -> Candidate | None:

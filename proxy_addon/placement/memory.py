@@ -3,13 +3,15 @@
 The estimate is weights + KV cache + overhead. Ollama's own prediction (v0.30+, ``llm/llama_server.go``)
 ignores sliding windows and explicit head sizes and never looks at system RAM, so this one is llama.cpp's own
 account (``llama-kv-cache.cpp``): per attention layer context × (key + value length) × KV heads × element.
-Observed sizes (``ps.size``) correct it: ``ratio`` below, learned by ``Speeds.observe_size``.
+What resident models were seen to take (calibration.py) counts before any formula: :func:`expected_bytes`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from agent.report import Report, Resident
@@ -26,6 +28,9 @@ KV_TOKEN_BYTES, KV_MODEL_BYTES = 128 << 10, 4.9e9
 GLOBAL_EVERY = {"gemma3": 6, "gptoss": 2, "gpt-oss": 2}
 #: Default num_ctx by the total GPU memory of a node (``server/routes.go``).
 DEFAULT_NUM_CTX = ((47 * GIB, 262_144), (23 * GIB, 32_768), (0, 4096))
+SHARD_NUM_CTX = 4096  #: that of `sollol shard serve`, whatever its GPUs have (``shard/options.py``)
+MOST_WRONG = 4.0  #: an estimate that is further from what was seen than this factor was of something else
+NOTHING_SEEN: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +38,8 @@ class ModelShape:
     """What of a model decides how much memory it takes. Read by :func:`shape_of`."""
 
     weights_bytes: int
-    architecture: str
-    block_count: int
-    head_count_kv: int
+    whole_kv_heads: int  #: of all layers that attend to the whole context, together
+    windowed_kv_heads: int  #: of all layers that hold a sliding window only
     key_length: int
     value_length: int
     context_length: int | None = None  #: what it was trained for; Ollama clamps num_ctx to it
@@ -66,8 +70,9 @@ class Fit:
 def shape_of(model_info: Mapping[str, Any], weights_bytes: int) -> ModelShape | None:
     """The shape in ``model_info`` of ``/api/show``; None where that does not have what the formula needs.
 
-    ``/api/show`` gives null for arrays (a head count per layer), and leaves out lengths that follow from
-    others: grouped-query attention with one KV head in four is assumed there, the mildest in wide use.
+    Head counts and the pattern of sliding windows may be one number or one for each layer; what
+    ``/api/show`` gives as null or leaves out follows from others: grouped-query attention with one KV head in
+    four is assumed there, the mildest in wide use.
     """
     architecture = str(model_info.get("general.architecture", ""))
 
@@ -75,36 +80,51 @@ def shape_of(model_info: Mapping[str, Any], weights_bytes: int) -> ModelShape | 
         value = model_info.get(f"{architecture}.{name}")
         return int(value) if isinstance(value, int | float) and value > 0 else None
 
-    blocks, heads, width = (
-        number("block_count"),
-        number("attention.head_count"),
-        number("embedding_length"),
-    )
-    length = number("attention.key_length") or (width // heads if width and heads else None)
-    heads_kv = number("attention.head_count_kv") or (max(heads // 4, 1) if heads else None)
+    def layers(name: str) -> list[int] | int | None:
+        value = model_info.get(f"{architecture}.{name}")
+        return [int(each) for each in value] if isinstance(value, list) and value else number(name)
+
+    blocks, heads, width = number("block_count"), layers("attention.head_count"), number("embedding_length")
+    most_heads = max(heads) if isinstance(heads, list) else heads
+    length = number("attention.key_length") or (width // most_heads if width and most_heads else None)
+    heads_kv = layers("attention.head_count_kv") or (max(most_heads // 4, 1) if most_heads else None)
     if blocks is None or length is None or heads_kv is None:
         return None
+    window = number("attention.sliding_window")
+    every = layers("attention.sliding_window_pattern") or GLOBAL_EVERY.get(architecture, 1)
+    whole, windowed = _kv_heads(blocks, heads_kv, every if window else 1)
     return ModelShape(
         weights_bytes,
-        architecture,
-        blocks,
-        heads_kv,
+        whole,
+        windowed,
         length,
         number("attention.value_length") or length,
         number("context_length"),
-        number("attention.sliding_window"),
+        window,
     )
+
+
+def _kv_heads(blocks: int, heads: list[int] | int, every: list[int] | int) -> tuple[int, int]:
+    """The KV heads of all layers with the whole context, and of those with a window.
+
+    ``every`` is either a flag for each layer that has a window, or the how-manieth layer has none.
+    """
+    if isinstance(heads, int) and isinstance(every, int):
+        whole = blocks // every
+        return whole * heads, (blocks - whole) * heads
+    each = heads if isinstance(heads, list) else [heads] * blocks
+    flags = every if isinstance(every, list) else [layer % every < every - 1 for layer in range(blocks)]
+    windowed = sum(count for count, flag in zip(each, flags, strict=False) if flag)
+    return sum(each) - windowed, windowed
 
 
 def kv_bytes(shape: ModelShape, num_ctx: int, parallel: int = 1) -> int:
     """Bytes of the KV cache for ``parallel`` sequences of ``num_ctx`` tokens."""
-    every = GLOBAL_EVERY.get(shape.architecture, 1) if shape.sliding_window else 1
-    whole = shape.block_count // every
-    windowed = shape.block_count - whole
-    tokens = whole * num_ctx * parallel
-    if windowed and shape.sliding_window:
-        tokens += windowed * min(num_ctx * parallel, shape.sliding_window * parallel + BATCH_TOKENS)
-    return int(tokens * (shape.key_length + shape.value_length) * shape.head_count_kv * KV_ELEMENT_BYTES)
+    cells = shape.whole_kv_heads * num_ctx * parallel
+    if shape.windowed_kv_heads and shape.sliding_window:
+        held = min(num_ctx * parallel, shape.sliding_window * parallel + BATCH_TOKENS)
+        cells += shape.windowed_kv_heads * held
+    return int(cells * (shape.key_length + shape.value_length) * KV_ELEMENT_BYTES)
 
 
 def need_bytes(shape: ModelShape | None, weights_bytes: int, num_ctx: int, parallel: int = 1) -> int:
@@ -116,6 +136,31 @@ def need_bytes(shape: ModelShape | None, weights_bytes: int, num_ctx: int, paral
     return weights_bytes + cache + min(GIB, 256 * MIB + weights_bytes // 4)
 
 
+def expected_bytes(
+    shape: ModelShape | None,
+    weights_bytes: int,
+    num_ctx: int,
+    parallel: int = 1,
+    seen: Mapping[int, float] = NOTHING_SEEN,
+) -> int:
+    """Memory that a model takes when loaded, by what it was ``seen`` to take: tokens held at most → bytes.
+
+    Seen with as many tokens, that is what it takes. Else the estimate is corrected by how far it was off
+    where it was seen most alike; but errors in the cache grow with the context, so that what was seen with
+    another one never takes the estimate below the weights.
+    """
+    estimate = need_bytes(shape, weights_bytes, num_ctx, parallel)
+    if not seen:
+        return estimate
+    tokens = num_ctx * parallel
+    bytes_ = seen.get(tokens)
+    if bytes_ is None:
+        alike = min(seen, key=lambda other: abs(math.log(other / tokens)))
+        bytes_ = estimate * seen[alike] / need_bytes(shape, weights_bytes, alike)
+        bytes_ = max(bytes_, min(estimate, weights_bytes))
+    return int(min(max(bytes_, estimate / MOST_WRONG), estimate * MOST_WRONG))
+
+
 def room_of(report: Report) -> Room:
     """The memory that ``report`` tells of."""
     unified = any(gpu.vendor == "apple" for gpu in report.gpus)
@@ -125,7 +170,9 @@ def room_of(report: Report) -> Room:
         unified,
         sum(max(gpu.memory_free_bytes - GPU_RESERVE_BYTES, 0) for gpu in report.gpus),
         0 if unified else report.host.ram_available_bytes,
-        next(ctx for at_least, ctx in DEFAULT_NUM_CTX if total >= at_least),
+        SHARD_NUM_CTX
+        if report.kind == "shard"
+        else next(ctx for at_least, ctx in DEFAULT_NUM_CTX if total >= at_least),
     )
 
 

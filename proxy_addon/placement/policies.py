@@ -16,6 +16,7 @@ from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement.decision import Candidate, Decision
+from proxy_addon.placement.diversion import Diversion, Wanted, contenders
 from proxy_addon.placement.finish_time import FinishTime
 from proxy_addon.placement.memory import shape_of
 from proxy_addon.placement.runner import start
@@ -33,6 +34,7 @@ POLICIES: dict[str, Policy] = {
 WHOLE = 32
 VIEW_S = 1.0  #: about the interval of the polls that bring what a view is made of
 NO_EXCLUSIONS: Mapping[str, str] = MappingProxyType({})
+NO_RULES = Diversion()
 
 
 def decide(
@@ -42,24 +44,26 @@ def decide(
     now_s: float,
     policy: str = "finish_time",
     excluded: Mapping[str, str] = NO_EXCLUSIONS,
+    rules: Diversion = NO_RULES,
 ) -> Decision:
     """Where ``ask`` goes.
 
-    ``excluded`` has the nodes that were tried already, by name, and why they are out. The decision's ``node``
-    is None where nobody may serve the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
+    ``excluded`` has the nodes that were tried already, by name, and why they are out; ``rules`` says what is
+    a coordinator's besides what no other node holds. The decision's ``node`` is None where nobody may serve
+    the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
     Equally good nodes take turns. Raises KeyError for an unknown policy.
     """
     how = POLICIES[policy]
     if len(fleet.nodes) > WHOLE:
         view = fleet.views.get(ask.key)
         if view is not None and 0 <= now_s - view.at_s < VIEW_S and view.nodes == len(fleet.nodes):
-            decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded)
+            decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
             if decision.node is not None:
                 return decision
         view = fleet.views[ask.key] = look(ask, fleet, speeds, now_s)
     else:
         view = look(ask, fleet, speeds, now_s)
-    return _among(view, ask, fleet, speeds, now_s, policy, how, excluded)
+    return _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
 
 
 def _among(
@@ -71,18 +75,23 @@ def _among(
     policy: str,
     how: Policy,
     excluded: Mapping[str, str],
+    rules: Diversion,
 ) -> Decision:
     """The best of ``view``."""
     candidates = list(view.out)
-    places = view.places
-    if not places:
-        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates))
-    row = places[0].row
+    places, awaits, diverted = view.places, tuple(view.awaited), ""
+    if not places and not view.coordinators:
+        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates), awaits)
+    row = (places or view.coordinators)[0].row
     info = fleet.shapes.get(row.digest)
     shape = shape_of(info, row.size) if info else None
+    seen = speeds.sizes(ask.key)
+    if view.coordinators or awaits or ask.key in rules.models:
+        found = contenders(view, Wanted(ask, shape, seen), fleet, speeds, now_s, excluded, rules)
+        places, awaits, diverted = found.places, found.awaited, found.why
+        candidates += found.out
     prompt_tokens = 0.0 if ask.load_only else speeds.prompt_tokens(ask)
     scene = Scene(ask, speeds, now_s, places, prompt_tokens, speeds.output_tokens(ask))
-    size_ratio = speeds.size_ratio(ask.key)
     queue = [
         (bound, place.node.turn, index)
         for index, (bound, place) in enumerate(zip(how.bounds(scene), places, strict=True))
@@ -101,7 +110,7 @@ def _among(
         if why is not None:
             candidates.append(out(name, why))
             continue
-        begin = start(node, ask, place.row, place.room, place.slots, shape, size_ratio)
+        begin = start(node, ask, place.row, place.room, place.slots, shape, seen, place.sharded)
         if isinstance(begin, str):
             candidates.append(Candidate(name, excluded=begin))
             continue
@@ -111,8 +120,10 @@ def _among(
         if best is None or rank < best:
             best, chosen = rank, candidate
     if chosen is None:
-        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates))
+        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates), awaits)
     reason = f"{chosen.node} {how.explain(chosen)}"
+    if diverted:
+        reason += f"; {diverted}"
     if queue:
         reason += f"; {len(queue)} more nodes cannot be better"
     return Decision(policy, chosen.node, tuple(candidates), reason)

@@ -6,10 +6,10 @@ options that shaped it are the same; loads are serial; a reload or eviction wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from agent.report import Model, Resident
+from agent.report import Model, Resident, ShardModel
 from proxy_addon.ask import Ask, ReloadKey
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.node import Flight, Node
@@ -41,11 +41,13 @@ def start(
     room: Room | None,
     slots: int,
     shape: ModelShape | None = None,
-    size_ratio: float = 1.0,
+    seen: Mapping[int, float] = memory.NOTHING_SEEN,
+    sharded: ShardModel | None = None,
 ) -> Start | str:
     """How ``node`` would get to serve ``ask``, or the reason why it cannot.
 
-    ``room`` is its memory, None without an agent; ``shape`` and ``size_ratio`` improve the estimate of need.
+    ``room`` is its memory, None without an agent; ``shape`` and what it was ``seen`` to take improve the
+    estimate of need. ``sharded`` is what a coordinator expects of the model.
     """
     resident = node.resident.get(ask.key)
     shared = _shared_load(node, ask, row, room) if node.flights else None
@@ -54,13 +56,13 @@ def start(
     change = reload_reason(node, ask, row, room, resident) if resident else None
     if resident is not None and change is None:
         share = min(resident.size_vram / resident.size, 1.0) if resident.size else 1.0
-        if room is not None and not room.gpus:
-            share = 1.0  # a machine without accelerators is measured as it is
+        if node.coordinator or (room is not None and not room.gpus):
+            share = 1.0  # a machine without accelerators is measured as it is, a plan over several as a whole
         offload = (f"CPU offload {1 - share:.0%}",) if share < 1 else ()
         return Start(gpu_share=share, notes=("resident", *offload))
     if resident is None and any(f.ask.key == ask.key for f in node.flights):
         return Start(notes=("in use there",))  # loaded since the last poll
-    found = _fit(node, ask, row, room, slots, shape, size_ratio)
+    found = _fit(node, ask, row, room, slots, shape, seen, sharded)
     if not found.fits:
         return found.note
     notes: tuple[str, ...] = (f"reload: {change}" if change else "load",)
@@ -171,18 +173,33 @@ def _fit(
     room: Room | None,
     slots: int,
     shape: ModelShape | None,
-    size_ratio: float,
+    seen: Mapping[int, float],
+    sharded: ShardModel | None,
 ) -> Fit:
+    if sharded is not None:
+        return _sharded_fit(sharded, ask, row)
     if room is None:
         return Fit(True, note="memory unknown: no agent")
-    if node.kind == "shard":
-        return Fit(True, note="memory is the coordinator's concern")
+    if node.kind == "shard" or node.coordinator:
+        return Fit(True, note="memory is its own concern")
     num_ctx = ask.num_ctx if ask.num_ctx is not None else room.default_num_ctx
     num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
-    need = int(memory.need_bytes(shape, row.size, num_ctx, slots) * size_ratio)
+    need = memory.expected_bytes(shape, row.size, num_ctx, slots, seen)
     return memory.fit(
         need, room, node.resident, ask.key, {f.ask.key for f in node.flights} if node.flights else ()
     )
+
+
+def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:
+    """What the coordinator itself says of the model, for the context that it was asked at."""
+    if not sharded.fits:
+        return Fit(
+            False, note=f"does not fit its nodes: {sharded.why}" if sharded.why else "does not fit its nodes"
+        )
+    num_ctx = _clamp(ask.num_ctx if ask.num_ctx is not None else memory.SHARD_NUM_CTX, _trained(row))
+    if sharded.largest_num_ctx is not None and num_ctx > sharded.largest_num_ctx:
+        return Fit(False, note=f"holds it up to num_ctx {sharded.largest_num_ctx}, not {num_ctx}")
+    return Fit(True, note="over several nodes")
 
 
 def _others(key: ReloadKey) -> ReloadKey:

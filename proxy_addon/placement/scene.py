@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.report import Model
+from agent.report import Model, ShardModel
 from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Estimate, Speeds
 from proxy_addon.fleet.node import Node
@@ -27,6 +27,7 @@ class Place:
     s_per_prompt_token: float
     s_per_output_token: float
     absent_load_s: float  #: 0 where the model is resident, under whatever options
+    sharded: ShardModel | None = None  #: what the node expects of the model, where it is a coordinator
 
 
 @dataclass(slots=True)

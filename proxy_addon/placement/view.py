@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from proxy_addon.ask import Ask
@@ -21,6 +21,8 @@ class View:
     nodes: int  #: how many nodes the fleet had
     places: list[Place]
     out: list[Candidate]  #: the others, each with the reason
+    coordinators: list[Place] = field(default_factory=list)  #: apart from ``places``: see diversion.py
+    awaited: list[str] = field(default_factory=list)  #: coordinators that have it, but are ``out`` for now
 
 
 def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
@@ -32,9 +34,9 @@ def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
         if row is None:
             view.out.append(out(name, "does not have the model"))
             continue
-        why = unable(node, key, now_s)
-        if why is None and row.digest != digest:
-            why = "has another version of the model"
+        why = "has another version of the model" if row.digest != digest else None
+        if why is None and (why := unable(node, key, now_s)) is not None and node.coordinator:
+            view.awaited.append(name)
         if why is not None:
             view.out.append(out(name, why))
             continue
@@ -42,7 +44,7 @@ def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
         estimate = speeds.estimate(name, machine, key, row.size)
         load_s = 0.0 if key in node.resident else estimate.load_s
         slots = slots_of(node, ask, row)
-        view.places.append(
+        (view.coordinators if node.coordinator else view.places).append(
             Place(
                 name,
                 node,
@@ -53,6 +55,7 @@ def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
                 1 / estimate.prefill_tok_s,
                 1 / estimate.decode_tok_s,
                 load_s,
+                estimate.prior,
             )
         )
     return view

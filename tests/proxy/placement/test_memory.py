@@ -62,7 +62,7 @@ def test_an_incomplete_shape_is_none(gone: str) -> None:
 
 def test_null_arrays_are_taken_as_grouped_queries() -> None:
     shape = shape_of({**LLAMA3_8B, "llama.attention.head_count_kv": None}, GIB)
-    assert shape is not None and shape.head_count_kv == 8
+    assert shape is not None and shape.whole_kv_heads == 32 * 8
 
 
 def test_without_a_shape_the_rule_is_near_for_models_from_1b_to_70b() -> None:
@@ -127,7 +127,8 @@ def test_observed_sizes_correct_the_estimate_for_other_nodes() -> None:
     node(fleet, 1, resident={"m": resident(11)})
     node(fleet, 2, report=report(gpu_gib=8, ram_gib=2))
     before = {c.node: c.excluded for c in decide(ask(), fleet, speeds, NOW_S).candidates}
-    observe_sizes(fleet, speeds)
+    for each in fleet:
+        observe_sizes(each, speeds)
     after = {c.node: c.excluded for c in decide(ask(), fleet, speeds, NOW_S).candidates}
     assert before[name(2)] is None
     assert after[name(2)] == "does not fit: needs 11.0 GiB, has 9.6 GiB"

@@ -1,0 +1,130 @@
+"""Is a model a coordinator's? Only where no ordinary node holds it, or where configuration says so.
+
+A node holds a model that it has and that fits it, after what may be unloaded; that it is busy, full or coming
+back changes nothing. One that is down, that this very request failed on, or that ran out of memory with the
+model does not. Without an agent a node is taken to hold what it has, as everywhere in placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from proxy_addon.ask import Ask
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Fleet, Node
+from proxy_addon.placement.decision import Candidate
+from proxy_addon.placement.memory import ModelShape
+from proxy_addon.placement.runner import slots_of, start
+from proxy_addon.placement.scene import Place
+from proxy_addon.placement.view import View, out, unable
+
+NO_NODE_HOLDS_IT = "no other node holds the model"
+SET_SO = "the model is set to be sharded"
+
+
+@dataclass(frozen=True, slots=True)
+class Diversion:
+    """What configuration says (settings ``shard``)."""
+
+    models: frozenset[str] = frozenset()  #: canonical names of those that are always a coordinator's
+    min_gpu_share: float = 0.0  #: with less of the model on its GPUs a node does not hold it
+
+
+@dataclass(frozen=True, slots=True)
+class Contenders:
+    """Who competes for a request."""
+
+    places: list[Place]
+    out: list[Candidate]  #: who does not, and why
+    awaited: tuple[str, ...] = ()  #: coordinators that could serve it, but not now
+    why: str = ""  #: why it is diverted; empty where it is not
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked, and all that is known of its size."""
+
+    ask: Ask
+    shape: ModelShape | None
+    seen: Mapping[int, float]
+
+
+def contenders(
+    view: View,
+    wanted: Wanted,
+    fleet: Fleet,
+    speeds: Speeds,
+    now_s: float,
+    excluded: Mapping[str, str],
+    rules: Diversion,
+) -> Contenders:
+    """Ordinary nodes where one of them holds the model, else coordinators.
+
+    Where no coordinator can take it either, a node that only has too little of it on its GPUs still may.
+    """
+    key = wanted.ask.key
+    digest, set_so = fleet.digest(key), key in rules.models
+    lacking: dict[str, str] = {}
+    for name, node in fleet.nodes.items():
+        row = node.models.get(key)
+        if row is None or row.digest != digest or node.coordinator:
+            continue
+        lacks = SET_SO if set_so else _lacks(name, node, wanted, speeds, now_s, excluded, rules)
+        if lacks is None:
+            taken = f"takes only what no other node holds; {name} does"
+            return Contenders(view.places, [out(place.name, taken) for place in view.coordinators])
+        lacking[name] = lacks
+    too_thin = any(lacks.startswith(_THIN) for lacks in lacking.values())
+    if too_thin and not any(_able(place, wanted, now_s, excluded) for place in view.coordinators):
+        return Contenders([*view.places, *view.coordinators], [])
+    awaited = [
+        place.name
+        for place in view.coordinators
+        if place.name in excluded or unable(place.node, key, now_s) is not None
+    ]
+    return Contenders(
+        view.coordinators,
+        [out(place.name, lacking.get(place.name, "left the fleet")) for place in view.places],
+        (*view.awaited, *awaited),
+        SET_SO if set_so else NO_NODE_HOLDS_IT,
+    )
+
+
+_THIN = "would have only "
+
+
+def _lacks(
+    name: str,
+    node: Node,
+    wanted: Wanted,
+    speeds: Speeds,
+    now_s: float,
+    excluded: Mapping[str, str],
+    rules: Diversion,
+) -> str | None:
+    """Why ``node``, which has the model on disk, does not hold it; None if it does."""
+    key = wanted.ask.key
+    unfit = now_s < node.unfit_until_s.get(key, 0.0)
+    if unfit or not node.up(now_s):
+        return unable(node, key, now_s) or "is down"
+    if name in excluded and now_s >= node.full_until_s:
+        return excluded[name]
+    row, room = node.models[key], speeds.machine(name, node.report).room
+    begin = start(node, wanted.ask, row, room, slots_of(node, wanted.ask, row), wanted.shape, wanted.seen)
+    if isinstance(begin, str):
+        return begin
+    share = 0.0 if room is not None and not room.gpus else begin.gpu_share
+    if share < rules.min_gpu_share:
+        return f"{_THIN}{share:.0%} of it on its GPUs, not {rules.min_gpu_share:.0%}"
+    return None
+
+
+def _able(place: Place, wanted: Wanted, now_s: float, excluded: Mapping[str, str]) -> bool:
+    """Whether the coordinator at ``place`` could be given the request now."""
+    if place.name in excluded or unable(place.node, wanted.ask.key, now_s) is not None:
+        return False
+    begin = start(
+        place.node, wanted.ask, place.row, place.room, place.slots, wanted.shape, wanted.seen, place.sharded
+    )
+    return not isinstance(begin, str)
