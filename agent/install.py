@@ -14,11 +14,17 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-UnitName = Literal["agent", "proxy"]
+UnitName = Literal["agent", "proxy", "shard"]
 
 _TEMPLATE_EXECUTABLE = "/opt/sollol/bin/sollol"
 _UNITS = Path("etc/systemd/system")
 _GROUPS = Path("etc/group")
+
+# Who reads Ollama's directory of models, and why.
+_READS_STORE: dict[UnitName, str] = {
+    "agent": "To see how full the disk with Ollama's models is.",
+    "shard": "To read Ollama's models.",
+}
 
 # Homes that ProtectHome=yes hides from a service.
 _HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
@@ -81,8 +87,8 @@ def machine_settings(name: UnitName, sollol: Path, prefix: Path = Path("/")) -> 
     lines = []
     if any(sollol.is_relative_to(home) for home in _HOMES):
         lines += ["# sollol lies in a home directory.", "ProtectHome=read-only"]
-    if name == "agent" and _has_group(prefix / _GROUPS, "ollama"):
-        lines += ["# To see how full the disk with Ollama's models is.", "SupplementaryGroups=ollama"]
+    if name in _READS_STORE and _has_group(prefix / _GROUPS, "ollama"):
+        lines += [f"# {_READS_STORE[name]}", "SupplementaryGroups=ollama"]
     return "\n".join(["[Service]", *lines, ""]) if lines else ""
 
 

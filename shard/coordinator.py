@@ -60,6 +60,16 @@ class Broken(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was planned, from what, and who was left out and why."""
+
+    shape: ModelShape
+    hosts: list[Host]
+    planned: Plan | TooBig
+    left_out: dict[str, str]
+
+
 @dataclass(eq=False)
 class Load:
     """A model on its way, or loaded."""
@@ -156,10 +166,9 @@ class Coordinator:
             resolve({"num_ctx": num_ctx}, model.header.context_length), parallel=parallel, threads=0
         )
         try:
-            _, found = await self.survey(model, launch)
+            planned = (await self.survey(model, launch)).planned
         except LlamaServerError as error:
             return ShardModel(model=model.name, fits=False, why=str(error))
-        planned, _ = found
         if isinstance(planned, TooBig):
             return ShardModel(
                 model=model.name,
@@ -180,8 +189,8 @@ class Coordinator:
 
     async def survey(
         self, model: ServedModel, launch: Launch, avoid: Mapping[str, str] | None = None
-    ) -> tuple[ModelShape, tuple[Plan | TooBig, dict[str, str]]]:
-        """Return the model's shape, the best plan with what is known now, and who was left out and why."""
+    ) -> Survey:
+        """Return the best plan with what is known now; nobody of ``avoid`` is in it."""
         shape = await self.shape(model)
         reports, left_out = self._reports()
         reports = {name: report for name, report in reports.items() if name not in (avoid or {})}
@@ -204,13 +213,13 @@ class Coordinator:
             num_batch=launch.num_batch,
             coordinator=LOCAL,
         )
-        return shape, (planned, left_out | dict(why) | dict(avoid or {}))
+        return Survey(shape, found, planned, left_out | dict(why) | dict(avoid or {}))
 
     async def shape(self, model: ServedModel) -> ModelShape:
         """Return what ``model`` weighs, read once."""
-        if model.blob_sha256 not in self._shapes:
-            self._shapes[model.blob_sha256] = await asyncio.to_thread(read_shape, model.header)
-        return self._shapes[model.blob_sha256]
+        if model.digest not in self._shapes:
+            self._shapes[model.digest] = await asyncio.to_thread(read_shape, model.header)
+        return self._shapes[model.digest]
 
     def _reports(self) -> tuple[dict[str, Report], dict[str, str]]:
         now_s = time.monotonic()
@@ -310,13 +319,13 @@ class Coordinator:
         await self.agents.refresh()
         now_s = time.monotonic()
         avoid = {node: why for node, (until_s, why) in self._blamed.items() if until_s > now_s}
-        _, (planned, left_out) = await self.survey(model, launch, avoid)
-        if isinstance(planned, TooBig) and avoid:
-            _, (planned, left_out) = await self.survey(model, launch)
-        if isinstance(planned, TooBig):
-            without = "; ".join(f"{node} is left out: {why}" for node, why in left_out.items())
-            raise NoRoom(too_big(model.name, planned) + (f" ({without})" if without else ""))
-        return planned
+        found = await self.survey(model, launch, avoid)
+        if isinstance(found.planned, TooBig) and avoid:
+            found = await self.survey(model, launch)
+        if isinstance(found.planned, TooBig):
+            without = "; ".join(f"{node} is left out: {why}" for node, why in found.left_out.items())
+            raise NoRoom(too_big(model.name, found.planned) + (f" ({without})" if without else ""))
+        return found.planned
 
     async def _load(self, load: Load, launch: Launch, made: Plan) -> ShardedServer:
         load.enter("starting")

@@ -207,6 +207,13 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 @web.middleware
+async def fresh(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Look at Ollama's store first, where that is served: a model may have come a moment ago."""
+    await request.app[NODE].models.refresh()
+    return await handler(request)
+
+
+@web.middleware
 async def replay(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Run a request again when the model broke under it before any of the answer was sent.
 

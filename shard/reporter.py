@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from agent.rpc_server import devices
-
 from agent import __version__, gpu
 from agent.gpu import Reading
 from agent.host import HostReader
-from agent.llama_cpp import program
 from agent.polled import Polled
-from agent.report import Host, Model, NodeKind, Ollama, Report, Resident, Rpc, Shard
+from agent.report import Host, Model, NodeKind, Ollama, Report, Resident, Shard
+from agent.rpc_server import RpcServers
 from agent.sampler import DEADLINE_S, NotReady
 from agent.worker import Worker
 
@@ -29,13 +27,13 @@ class LocalMachine:
 
     def __init__(self, node_id: str, *, lends_bytes: int | None = None) -> None:
         self._node_id = node_id
-        self._lends_bytes = lends_bytes
+        # Its devices are named as those of an rpc-server here would be: the two are of one build.
+        self._rpc = RpcServers(lends_bytes=lends_bytes)
         source = gpu.detect()
         self._host = Polled(
             "host", Worker(HostReader(None).read, "host").call, every_s=EVERY_S, deadline_s=DEADLINE_S
         )
         self._gpus = Polled("gpus", Worker(source.read, "gpus").call, every_s=EVERY_S, deadline_s=DEADLINE_S)
-        self._build: str | None = None
 
     @property
     def parts(self) -> tuple[Polled[Host], Polled[Reading]]:
@@ -43,11 +41,10 @@ class LocalMachine:
         return self._host, self._gpus
 
     async def first(self) -> None:
-        """Read everything once."""
-        found, *_ = await asyncio.gather(
-            asyncio.to_thread(program, "llama-server"), *(part.refresh() for part in self.parts)
-        )
-        self._build = found.build if found else None
+        """Read everything once. Raises NotReady where the host cannot be read."""
+        await asyncio.gather(*(part.refresh() for part in self.parts))
+        self.report()
+        await self._rpc.look()
 
     async def run(self) -> None:
         """Go on reading until cancelled."""
@@ -59,7 +56,6 @@ class LocalMachine:
             raise NotReady(f"there is no sample yet: host: {self._host.error or 'being read'}")
         now_s = time.monotonic()
         reading = self._gpus.value or Reading()
-        lent = devices(reading.gpus, self._host.value, self._lends_bytes)
         return Report(
             agent_version=__version__,
             node_id=self._node_id,
@@ -69,7 +65,7 @@ class LocalMachine:
             host=self._host.value,
             gpus=list(reading.gpus),
             ollama=ollama or Ollama(url="", reachable=False),
-            rpc=Rpc(build=self._build, devices=lent, lends_bytes=self._lends_bytes),
+            rpc=self._rpc.snapshot(self._host.value, reading.gpus),
             stale=reading.stale
             | {part.part: why for part in self.parts if (why := part.staleness(now_s)) is not None},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class Settings:
     mdns: bool = True
 
 
-async def run(models: Models, settings: Settings, listening: Callable[[str, int], None]) -> None:
+async def run(models: Models, settings: Settings, listening: Callable[[str, int], Awaitable[None]]) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises OSError if the address is taken, LlamaServerError without a llama-server, PkiError for broken
@@ -84,7 +84,7 @@ async def run(models: Models, settings: Settings, listening: Callable[[str, int]
             if settings.mdns:
                 await _announce(stack, node_id, host, port)
             notify.notify("READY=1")
-            listening(host, port)
+            await listening(host, port)
 
         routes: list[web.RouteDef] = [
             *report_routes(OwnReport(local, say), more=collector(coordinator)),

@@ -115,4 +115,6 @@ class ShardedServer(LlamaServer):
         with contextlib.suppress(psutil.Error):
             times = psutil.Process(self.pid).cpu_times()
             own = times.user + times.system
-        return own + sum(lease.latest.cpu_s for lease in self.leases.values() if lease.latest)
+        for lease in self.leases.values():
+            own += lease.latest.cpu_s if lease.latest else 0.0
+        return own
