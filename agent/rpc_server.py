@@ -152,7 +152,6 @@ class RpcProcess:
         self,
         process: asyncio.subprocess.Process,
         *,
-        kernel: psutil.Process,
         device: str,
         coordinator: str,
         port: int,
@@ -167,7 +166,7 @@ class RpcProcess:
         self.build = build
         self.pid = process.pid
         self._process = process
-        self._kernel = kernel
+        self._kernel: psutil.Process | None = None
         self._gpu_bytes = gpu_bytes
         self._forget = forget
         self._cpu_s = 0.0
@@ -181,11 +180,12 @@ class RpcProcess:
         held_bytes = 0
         if not self.exited.done():
             with suppress(psutil.NoSuchProcess):
-                with self._kernel.oneshot():
-                    state = _STATES.get(self._kernel.status(), "running")
-                    times = self._kernel.cpu_times()
+                self._kernel = process = self._kernel or psutil.Process(self.pid)
+                with process.oneshot():
+                    state = _STATES.get(process.status(), "running")
+                    times = process.cpu_times()
                     self._cpu_s = times.user + times.system
-                    held_bytes = self._kernel.memory_info().rss
+                    held_bytes = process.memory_info().rss
         if state == "exited":
             return RpcSample("exited", self._cpu_s, 0)
         return RpcSample(state, self._cpu_s, held_bytes + self._gpu_bytes(self.pid))
@@ -364,7 +364,6 @@ class RpcServers:
             raise CannotServe(f"{program.command[0]} cannot be started: {error.strerror}") from error
         started = RpcProcess(
             process,
-            kernel=psutil.Process(process.pid),  # not reaped before we ask, so it exists
             device=device,
             coordinator=coordinator,
             port=port,
