@@ -1,0 +1,298 @@
+"""Cut a row of layers into contiguous segments, one a device, at the least time: exactly.
+
+A :class:`Row` is what has to be placed, a :class:`Slot` is a device that may take a segment. A segment takes
+memory that depends on its layers only, and time that is its work × the slot's ``ms_per_byte`` plus a charge
+for using the slot at all. Which slots are used and in which order they stand is free, except that a ``first``
+slot can stand only at the head. The slot at the end holds the output layer too, and may hold nothing else.
+
+The search places slots from the left and keeps, for each (slots used, layers placed), only the cheapest way.
+Three observations keep it small:
+
+*Boundaries are not free.* Moving the boundary of two neighbours by one layer saves that layer's work × the
+difference of their speeds, wherever the boundary is. So some best layout has each boundary as far toward the
+slower neighbour as the faster one's memory allows: a slot ends where it is full, or where its right
+neighbour is strictly faster and full to the left.
+
+*The rest has a price.* The work that is left costs at least what it would if it could be poured into the
+free slots, the best first, each up to the most work of any run of layers that fits it. Equal layers make this
+bound exact.
+
+*Twins are taken in order.* Slots alike in everything are interchangeable.
+
+The number of states grows with 2^slots for unequal slots in the worst case, where every slot is needed and no
+layer equals another (minimum bin packing hides in there); the width of the search is therefore bounded, and
+the answer says whether the bound was met, that is whether it is proven best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+#: Equal costs that were added up in different orders differ by rounding; what is this close is a tie.
+TIE = 1e-11
+#: States kept after each placed slot: of the first, quick pass, which only finds something good to beat, ...
+_NARROW = 4
+#: ... and of the pass that proves it best. 400 states × 15 slots take about 10 ms each on a 2020s core.
+WIDE = 400
+#: Sets of used slots kept while looking for any layout that fits; 2^11, so up to 12 unequal slots are exact.
+_PACKINGS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A device as the search sees it."""
+
+    room_bytes: int  #: for layers and the output layer
+    ms_per_byte: float
+    hop_ms: float  #: once, if it holds anything
+    output_ms: float  #: more, if it holds the output layer (less, where that saves an activation)
+    remote: bool = False
+    first: bool = False  #: can only stand at the head
+
+
+class Row:
+    """The layers that are placed, and the output layer behind them."""
+
+    def __init__(self, memory_bytes: Sequence[int], work_bytes: Sequence[float], output_bytes: int) -> None:
+        self.layers = len(memory_bytes)
+        self.memory = list(accumulate(memory_bytes, initial=0))
+        self.work = list(accumulate(work_bytes, initial=0.0))
+        self.output_bytes = output_bytes
+        self._reaches: dict[int, tuple[list[int], float]] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """All layers and the output layer."""
+        return self.memory[-1] + self.output_bytes
+
+    def reach(self, room_bytes: int) -> list[int]:
+        """For each first layer, the end of the longest segment that ``room_bytes`` hold."""
+        return self._reach(room_bytes)[0]
+
+    def most_work(self, room_bytes: int) -> float:
+        """The most work of any segment that ``room_bytes`` hold."""
+        return self._reach(room_bytes)[1]
+
+    def _reach(self, room_bytes: int) -> tuple[list[int], float]:
+        known = self._reaches.get(room_bytes)
+        if known is None:
+            ends, end = [], 0
+            for start in range(self.layers + 1):
+                end = max(end, start)
+                while end < self.layers and self.memory[end + 1] - self.memory[start] <= room_bytes:
+                    end += 1
+                ends.append(end)
+            most = max(self.work[end] - self.work[start] for start, end in enumerate(ends))
+            known = self._reaches[room_bytes] = ends, most
+        return known
+
+    def finishes(self, start: int, slot: Slot) -> bool:
+        """Whether ``slot`` holds all from layer ``start`` on, and the output layer."""
+        return self.memory[-1] - self.memory[start] + self.output_bytes <= slot.room_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers ``first`` to ``end`` (exclusive) on the slot at ``slot``."""
+
+    slot: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Segments from left to right, the last with the output layer."""
+
+    segments: tuple[Segment, ...]
+    ms: float
+    proven: bool = True  #: nothing costs less
+
+
+def price(row: Row, slot: Slot, first: int, end: int) -> float:
+    """What layers ``first`` to ``end`` cost on ``slot``, the output layer aside."""
+    return slot.hop_ms + (row.work[end] - row.work[first]) * slot.ms_per_byte
+
+
+def lower_bound(row: Row, slots: Sequence[Slot]) -> float:
+    """No layout over some of ``slots`` costs less; infinite if there is certainly none."""
+    ends = [slot.output_ms for slot in slots if row.output_bytes <= slot.room_bytes]
+    room = sum(max(slot.room_bytes, 0) for slot in slots)
+    return _pour(row, 0, room, min(ends, default=math.inf), sorted(_pours(row, slots)))
+
+
+def pack(row: Row, slots: Sequence[Slot], most_remote: int) -> Layout | None:
+    """Any layout that fits, and None only if there is none (up to ``_PACKINGS`` sets of used slots)."""
+    return _Search(row, slots, most_remote).pack()
+
+
+def cut(
+    row: Row, slots: Sequence[Slot], most_remote: int, below_ms: float = math.inf, width: int = WIDE
+) -> Layout | None:
+    """The cheapest layout that costs less than ``below_ms``; None if there is none."""
+    search = _Search(row, slots, most_remote)
+    best: Layout | None = None
+    if math.isinf(below_ms):
+        best = search.pack()
+        if best is None:
+            return None
+        below_ms = best.ms
+    quick, proven = search.cheapest(below_ms, _NARROW)
+    if quick is not None:
+        best, below_ms = quick, quick.ms
+    if not proven and width > _NARROW:
+        better, proven = search.cheapest(below_ms, width)
+        best = better or best
+    return best and Layout(best.segments, best.ms, proven)
+
+
+def _pours(row: Row, slots: Sequence[Slot]) -> list[tuple[float, float]]:
+    """For each slot, its ms per byte with its hop spread over the most work that it takes, and that."""
+    mosts = [row.most_work(slot.room_bytes) for slot in slots]
+    return [
+        (slot.ms_per_byte + (slot.hop_ms / most if most else 0.0), most)
+        for slot, most in zip(slots, mosts, strict=True)
+    ]
+
+
+def _pour(row: Row, start: int, room: int, output_ms: float, pours: Sequence[tuple[float, float]]) -> float:
+    """What layers ``start`` on and the output layer cost at least, poured into ``pours`` from the first."""
+    if room < row.total_bytes - row.memory[start]:
+        return math.inf
+    left, cost = row.work[-1] - row.work[start], output_ms
+    for ratio, most in pours:
+        if left <= most:
+            return cost + left * ratio
+        cost += most * ratio
+        left -= most
+    # What is left over by rounding alone has a place.
+    return cost if left <= TIE * row.work[-1] else math.inf
+
+
+#: The way to a state: the way before it, and the segment that was added.
+type _Way = tuple[_Way, Segment] | None
+
+
+class _Search:
+    """One search. Sets of slots are bit masks."""
+
+    def __init__(self, row: Row, slots: Sequence[Slot], most_remote: int) -> None:
+        self.row, self.slots, self.most_remote = row, slots, most_remote
+        self.reach = [row.reach(slot.room_bytes) for slot in slots]
+        self.remote = sum(1 << index for index, slot in enumerate(slots) if slot.remote)
+        seen: dict[Slot, int] = {}
+        #: for each slot, the bit of the twin that has to be used before it
+        self.before = [0] * len(slots)
+        for index, slot in enumerate(slots):
+            if slot in seen:
+                self.before[index] = 1 << seen[slot]
+            seen[slot] = index
+        self.output_ms = [
+            slot.output_ms if row.output_bytes <= slot.room_bytes else math.inf for slot in slots
+        ]
+        self.pours = _pours(row, slots)
+        self._rests: dict[int, tuple[int, float, list[tuple[float, float]]]] = {}
+
+    def free(self, used: int) -> list[int]:
+        """The slots that may be placed next."""
+        full = (used & self.remote).bit_count() >= self.most_remote
+        return [
+            index
+            for index, slot in enumerate(self.slots)
+            if not used >> index & 1
+            and (used & self.before[index]) == self.before[index]
+            and not (slot.first and used)
+            and not (slot.remote and full)
+        ]
+
+    def bound(self, used: int, start: int) -> float:
+        """What layers ``start`` on and the output layer cost at least on slots not in ``used``."""
+        rest = self._rests.get(used)
+        if rest is None:
+            rest = self._rests[used] = self._rest(used)
+        return _pour(self.row, start, *rest)
+
+    def _rest(self, used: int) -> tuple[int, float, list[tuple[float, float]]]:
+        """Room, the cheapest output layer and (ms per byte, most bytes) of the slots not in ``used``."""
+        left = [
+            index for index, slot in enumerate(self.slots) if not (used >> index & 1 or (slot.first and used))
+        ]
+        room = sum(max(self.slots[index].room_bytes, 0) for index in left)
+        output_ms = min((self.output_ms[index] for index in left), default=math.inf)
+        return room, output_ms, sorted(pour for index in left if (pour := self.pours[index])[1] > 0)
+
+    def cheapest(self, below_ms: float, width: int) -> tuple[Layout | None, bool]:
+        """The cheapest layout below ``below_ms`` on ``width`` states a step; whether nothing was left out."""
+        row, best, proven = self.row, None, True
+        # (used slots, layers placed, last slot if it could hold more else -1) → (cost, way)
+        level: dict[tuple[int, int, int], tuple[float, _Way]] = {(0, 0, -1): (0.0, None)}
+        while level:
+            following: dict[tuple[int, int, int], tuple[float, _Way]] = {}
+            for (used, start, unfilled), (cost, way) in level.items():
+                for index in self.free(used):
+                    slot = self.slots[index]
+                    if unfilled >= 0 and slot.ms_per_byte >= self.slots[unfilled].ms_per_byte:
+                        continue
+                    if row.finishes(start, slot) and not (unfilled >= 0 and row.finishes(start - 1, slot)):
+                        ms = cost + price(row, slot, start, row.layers) + slot.output_ms
+                        if ms < below_ms - TIE * abs(below_ms):
+                            below_ms = ms
+                            best = Layout(_segments((way, Segment(index, start, row.layers))), ms)
+                    longest = self.reach[index][start]
+                    shortest = start + 1
+                    if unfilled >= 0:  # must be full to the left: what begins one layer earlier does not fit
+                        shortest = max(shortest, self.reach[index][start - 1] + 1)
+                    taken = used | 1 << index
+                    for end in range(shortest, longest + 1):
+                        key = (taken, end, -1 if end == longest else index)
+                        ms = cost + price(row, slot, start, end)
+                        known = following.get(key)
+                        if known is not None and known[0] <= ms:
+                            continue
+                        if ms + self.bound(taken, end) < below_ms - TIE * abs(below_ms):
+                            following[key] = ms, (way, Segment(index, start, end))
+            if len(following) > width:
+                proven = False
+                ranked = sorted(following, key=lambda key: following[key][0] + self.bound(key[0], key[1]))
+                following = {key: following[key] for key in ranked[:width]}
+            level = following
+        return best, proven
+
+    def pack(self) -> Layout | None:
+        """Any layout that fits: for a set of used slots only the one that places most layers matters."""
+        if math.isinf(self.bound(0, 0)):
+            return None
+        for width in (1, _PACKINGS):
+            level: dict[int, tuple[int, _Way]] = {0: (0, None)}
+            while level:
+                following: dict[int, tuple[int, _Way]] = {}
+                for used, (start, way) in level.items():
+                    for index in self.free(used):
+                        if self.row.finishes(start, self.slots[index]):
+                            return self._priced(_segments((way, Segment(index, start, self.row.layers))))
+                        end, taken = self.reach[index][start], used | 1 << index
+                        known = following.get(taken)
+                        if end == start or (known is not None and known[0] >= end):
+                            continue
+                        if not math.isinf(self.bound(taken, end)):
+                            following[taken] = end, (way, Segment(index, start, end))
+                if len(following) > width:
+                    ranked = sorted(following, key=lambda taken: -following[taken][0])
+                    following = {taken: following[taken] for taken in ranked[:width]}
+                level = following
+        return None
+
+    def _priced(self, segments: tuple[Segment, ...]) -> Layout:
+        ms = sum(price(self.row, self.slots[part.slot], part.first, part.end) for part in segments)
+        return Layout(segments, ms + self.slots[segments[-1].slot].output_ms, proven=False)
+
+
+def _segments(way: _Way) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    while way is not None:
+        way, segment = way
+        segments.append(segment)
+    return tuple(reversed(segments))
