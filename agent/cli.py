@@ -40,12 +40,21 @@ def run(
     ] = None,
     kind: Annotated[str, typer.Option(help="What serves the models: ollama or shard.")] = "ollama",
     mdns: Annotated[bool, typer.Option(help="Announce this node on the local network.")] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            envvar="SOLLOL_AGENT_MEMORY",
+            help="The most of each device that sharded models may use, such as 20GiB.",
+            show_default="whatever is free",
+        ),
+    ] = None,
 ) -> None:
     """Run the agent until it is interrupted."""
     if context.invoked_subcommand is not None:
         return
     # Imported here, for `sollol --help` and `sollol agent install` need none of it.
-    from agent.run import CannotStart, Settings, parse_listen
+    from agent.run import CannotStart, Settings, parse_listen, parse_size
     from agent.run import run as serve
 
     if kind not in ("ollama", "shard"):
@@ -59,6 +68,7 @@ def run(
             kind="shard" if kind == "shard" else "ollama",
             token=token or None,
             mdns=mdns,
+            lends_bytes=None if memory is None else parse_size(memory),
         )
         asyncio.run(serve(settings))
     except (ValueError, CannotStart) as error:
@@ -68,6 +78,9 @@ def run(
 @app.command()
 def install(
     with_proxy: Annotated[bool, typer.Option(help="Install the proxy's service too.")] = False,
+    with_shard: Annotated[
+        bool, typer.Option(help="Install the service of `sollol shard serve` too.")
+    ] = False,
     prefix: Annotated[
         Path, typer.Option(help="Install below this directory, into an image of a system.")
     ] = Path("/"),
@@ -79,7 +92,8 @@ def install(
     """Write the systemd unit of the agent, enable it and start it."""
     from agent.install import CannotInstall, UnitName, install_unit
 
-    names: list[UnitName] = ["agent", "proxy"] if with_proxy else ["agent"]
+    others: dict[UnitName, bool] = {"proxy": with_proxy, "shard": with_shard}
+    names: list[UnitName] = ["agent", *(name for name, wanted in others.items() if wanted)]
     for name in names:
         try:
             steps = install_unit(name, prefix=prefix, executable=executable, dry_run=dry_run)

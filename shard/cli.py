@@ -206,27 +206,6 @@ def init(
     )
 
 
-@app.command()
-def install(
-    prefix: Annotated[
-        Path, typer.Option(help="Install below this directory, into an image of a system.")
-    ] = Path("/"),
-    executable: Annotated[
-        Path | None, typer.Option(help="The sollol to run.", show_default="the one that runs now")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
-) -> None:
-    """Write the systemd unit of the coordinator, enable it and start it."""
-    from agent.install import CannotInstall, install_unit
-
-    try:
-        steps = install_unit("shard", prefix=prefix, executable=executable, dry_run=dry_run)
-    except CannotInstall as error:
-        _fail(str(error))
-    for step in steps:
-        typer.echo(step)
-
-
 def _settings(
     host: str,
     port: int,

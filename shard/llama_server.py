@@ -198,6 +198,7 @@ class LlamaServer:
         self.requests = 0  #: being served now
         self.heard_at_s = started  #: when a request was begun, or a piece of an answer came, last
         self._buffers: dict[tuple[str, str], int] = {}  # (device, what) → bytes
+        self.plan_id: str | None = None  #: of the plan by which it lies on several machines
         self._verdict: str | None = None
         self._process = process
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ MAX_UNPACKED_BYTES = 20 * 2**20
 # shorter load is waited for in silence: nothing has been sent then, so that any failure keeps its status.
 TELL_AFTER_S = 5.0
 TELL_EVERY_S = 2.0
+
+# Says which plan served an answer; `sollol explain` shows that plan.
+PLAN_HEADER = "x-sollol-shard-plan"
+_plan_id: ContextVar[str | None] = ContextVar("plan_id", default=None)
 
 # How often a request is run again that had sent nothing when its model broke.
 REPLAYS = 3
@@ -77,6 +82,7 @@ class Node:
         try:
             async with self.runners.lease(model, launch, keep_alive_of(ask)) as runner:
                 await _end(telling)
+                _plan_id.set(runner.server.plan_id)
                 yield runner
         finally:
             await _end(telling)
@@ -176,6 +182,13 @@ def error_body(path: str, status: int, message: str) -> dict[str, Any]:
 
 # The response of a request that was told how its load goes on: whatever happens later is said in it.
 STARTED = "started"
+
+
+async def say_plan(_: web.Request, response: web.StreamResponse) -> None:
+    """Name the plan that serves this answer, in a header."""
+    if (plan_id := _plan_id.get()) is not None:
+        response.headers[PLAN_HEADER] = plan_id
+
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

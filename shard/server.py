@@ -11,7 +11,7 @@ from aiohttp import web
 
 from shard import inference, passthrough
 from shard.llama_server import candidates
-from shard.node import NODE, Node, errors, fresh, json_answer, read_body, replay
+from shard.node import NODE, Node, errors, fresh, json_answer, read_body, replay, say_plan
 from shard.runners import Runner
 from shard.translate import Refusal
 
@@ -127,6 +127,7 @@ def make_app(node: Node, more: Iterable[web.RouteDef] = ()) -> web.Application:
     """Return the application, with ``more`` routes; its cleanup ends the node's processes."""
     app = web.Application(middlewares=[errors, fresh, replay], client_max_size=MAX_BODY_BYTES)
     app[NODE] = node
+    app.on_response_prepare.append(say_plan)
     app.add_routes(more)
     for method, path, handler in ROUTES:
         app.router.add_route(method, path, handler)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ class ShardedServer(LlamaServer):
 
     def adopt(self, plan: ShardPlan, leases: Mapping[Place, Lease]) -> None:
         """Take over ``leases``; from now on they end with this server, and it with any of them."""
-        self.plan, self.leases = plan, dict(leases)
+        self.plan, self.plan_id, self.leases = plan, plan.id, dict(leases)
         self._watches = [asyncio.create_task(self._watch_pulse(), name="watch for hangs")]
         self._watches += [
             asyncio.create_task(self._watch_lease(node, lease), name=f"watch the lease of {node}")

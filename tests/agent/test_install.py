@@ -15,7 +15,7 @@ from agent.cli import app
 from agent.install import CannotInstall, UnitName, install_unit, machine_settings, render, template
 
 SOLLOL = Path("/opt/sollol/bin/sollol")
-NAMES: list[UnitName] = ["agent", "proxy"]
+NAMES: list[UnitName] = ["agent", "proxy", "shard"]
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine"
@@ -56,7 +56,7 @@ def test_the_unit_is_valid(name: UnitName, executable: Path, tmp_path: Path) -> 
 
 # Of 10. What is left is what the service is for: the network, and for the agent GPUs and others' processes.
 @needs_systemd
-@pytest.mark.parametrize(("name", "most"), [("agent", 1.7), ("proxy", 1.4)])
+@pytest.mark.parametrize(("name", "most"), [("agent", 1.7), ("proxy", 1.4), ("shard", 1.9)])
 def test_the_unit_exposes_little(name: UnitName, most: float, tmp_path: Path) -> None:
     unit = tmp_path / f"sollol-{name}.service"
     unit.write_text(render(name, SOLLOL))
@@ -111,7 +111,8 @@ def test_what_depends_on_the_machine(image: Path) -> None:
 @needs_systemd
 def test_install_into_an_image_enables_and_starts_nothing(image: Path) -> None:
     ran = CliRunner().invoke(
-        app, ["install", "--with-proxy", "--prefix", str(image), "--executable", str(SOLLOL)]
+        app,
+        ["install", "--with-proxy", "--with-shard", "--prefix", str(image), "--executable", str(SOLLOL)],
     )
     assert ran.exit_code == 0, ran.output
     units = image / "etc/systemd/system"
