@@ -7,9 +7,9 @@ whole buffer round and round, from a place of its own, so that even on a machine
 thread finds what it has just read. Where one cache is larger than the buffer (there are servers of that
 kind), the figure is too high.
 
-ggml reads the weights a little slower than this, because it decodes and multiplies them: 0.6 to 0.9 of it,
-depending on the quantisation. The figure is for comparing machines, and for a first estimate until a model
-has been seen to run.
+ggml reads its weights slower than this, because it decodes and multiplies them: it reached 0.4 (one
+thread) to 0.55 (two) of the figure, measured with a 250 MB model in Q4_K_M on an AMD EPYC without AVX-512. It
+is for comparing machines, and for a first estimate until a model has been seen to run.
 
 A limit on CPU time (a cgroup's quota) counts: the measurement spans several of the kernel's accounting
 periods, and the time in which a thread was held back is part of it.

@@ -26,6 +26,10 @@ _READS_STORE: dict[UnitName, str] = {
     "shard": "To read Ollama's models.",
 }
 
+# Who may open /dev/dri and /dev/kfd, and who computes on what is behind them.
+_GPU_GROUPS = ("render", "video")
+_USES_GPUS: tuple[UnitName, ...] = ("agent", "shard")
+
 # Homes that ProtectHome=yes hides from a service.
 _HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 
@@ -89,6 +93,12 @@ def machine_settings(name: UnitName, sollol: Path, prefix: Path = Path("/")) -> 
         lines += ["# sollol lies in a home directory.", "ProtectHome=read-only"]
     if name in _READS_STORE and _has_group(prefix / _GROUPS, "ollama"):
         lines += [f"# {_READS_STORE[name]}", "SupplementaryGroups=ollama"]
+    groups = [group for group in _GPU_GROUPS if _has_group(prefix / _GROUPS, group)]
+    if name in _USES_GPUS and groups:
+        lines += [
+            "# To compute on AMD's GPUs, and on others through Vulkan.",
+            f"SupplementaryGroups={' '.join(groups)}",
+        ]
     return "\n".join(["[Service]", *lines, ""]) if lines else ""
 
 

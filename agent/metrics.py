@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from agent.report import Gpu, Host, Report
+from agent.report import Gpu, Host, Report, Rpc, RpcDevice, RpcServer
 
 # Metric → (help, how to read it). A None is left out: unknown is not zero.
 _HOST: dict[str, tuple[str, Callable[[Host], float | None]]] = {
@@ -16,6 +16,10 @@ _HOST: dict[str, tuple[str, Callable[[Host], float | None]]] = {
     "load1": ("Load average over one minute.", lambda host: host.load_1m),
     "ram_total_bytes": ("Main memory.", lambda host: host.ram_total_bytes),
     "ram_available_bytes": ("Main memory that is available.", lambda host: host.ram_available_bytes),
+    "memory_bandwidth_bytes_per_second": (
+        "Main memory that all threads together can read, as measured.",
+        lambda host: host.memory_bandwidth_bytes_s,
+    ),
     "model_store_total_bytes": (
         "Size of the file system that holds the models.",
         lambda host: host.model_store.total_bytes if host.model_store else None,
@@ -39,6 +43,18 @@ _GPU: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
     ),
 }
 _GPU_LABELS = ("gpu", "name", "uuid")
+_RPC_DEVICE: dict[str, tuple[str, Callable[[RpcDevice], float]]] = {
+    "memory_total_bytes": (
+        "Memory of a device that is lent to sharded models.",
+        lambda device: device.memory_total_bytes,
+    ),
+    "memory_free_bytes": ("What of it can still be lent.", lambda device: device.memory_free_bytes),
+}
+_RPC_SERVER: dict[str, tuple[str, Callable[[RpcServer], float]]] = {
+    "running": ("Whether an rpc-server runs, 0 if stopped.", lambda server: server.state == "running"),
+    "memory_bytes": ("Memory that an rpc-server holds.", lambda server: server.memory_bytes),
+}
+_RPC_SERVER_LABELS = ("device", "coordinator", "port")
 _PREFIX = "sollol_agent_"
 
 
@@ -62,6 +78,8 @@ def from_report(report: Report) -> Iterator[Metric]:
                 family.add_metric((str(gpu.index), gpu.name, gpu.uuid or ""), value)
             yield family
     yield from _ollama(report)
+    if report.rpc is not None:
+        yield from _rpc(report.rpc)
     stale = GaugeMetricFamily(
         f"{_PREFIX}stale", "1 for every part of the report that is old.", labels=("part",)
     )
@@ -88,6 +106,20 @@ def _ollama(report: Report) -> Iterator[Metric]:
     for name, (text, value) in counts.items():
         if value is not None:
             yield GaugeMetricFamily(f"{_PREFIX}ollama_{name}", text, value)
+
+
+def _rpc(rpc: Rpc) -> Iterator[Metric]:
+    for name, (text, read_device) in _RPC_DEVICE.items():
+        family = GaugeMetricFamily(f"{_PREFIX}rpc_device_{name}", text, labels=("device",))
+        for device in rpc.devices:
+            family.add_metric((device.name,), read_device(device))
+        yield family
+    for name, (text, read_server) in _RPC_SERVER.items():
+        family = GaugeMetricFamily(f"{_PREFIX}rpc_server_{name}", text, labels=_RPC_SERVER_LABELS)
+        for server in rpc.servers:
+            if server.state != "exited":  # its port may be another's by now
+                family.add_metric((server.device, server.coordinator, str(server.port)), read_server(server))
+        yield family
 
 
 def failures(parts: Iterable[Any]) -> Metric:

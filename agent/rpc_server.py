@@ -242,12 +242,14 @@ class RpcServers:
         self._looked_with: list[str] | None = None
         self._look = Worker(_look, "llama.cpp")
 
-    async def look(self) -> None:
-        """Find the program and what it can compute on: once, and again when the machine's GPUs change."""
-        gpus = [gpu.uuid or gpu.name for gpu in self._gpus]
-        if gpus != self._looked_with:
+    async def look(self, gpus: Sequence[Gpu] | None = None) -> None:
+        """Find the program and what it can compute on: once, and again when the ``gpus`` change."""
+        if gpus is not None:
+            self._gpus = gpus
+        present = [gpu.uuid or gpu.name for gpu in self._gpus]
+        if present != self._looked_with:
             self._looked = await self._look.call()
-            self._looked_with = gpus
+            self._looked_with = present
 
     def snapshot(self, host: Host, gpus: Sequence[Gpu]) -> Rpc:
         """Return what a report says of this; ``gpus`` are remembered for what is started later."""

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from agent import gpu, state
 from agent.announce import announceable, announced
+from agent.bandwidth import MemoryBandwidth
 from agent.host import HostReader
 from agent.notify import keep_watchdog_fed, notify
 from agent.ollama.client import OllamaClient
 from agent.ollama.storage import find_store
 from agent.report import NodeKind
+from agent.rpc_server import RpcServers
 from agent.sampler import Sampler
 from agent.server import make_app
 
@@ -40,6 +43,7 @@ class Settings:
     kind: NodeKind = "ollama"
     token: str | None = None
     mdns: bool = True
+    lends_bytes: int | None = None
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -49,6 +53,14 @@ def parse_listen(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"an address to listen on looks like 127.0.0.1:11435, not {text!r}")
     return host, int(port)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of ``20GiB`` and the like; raise ValueError with a sentence otherwise."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise ValueError(f"a size looks like 20GiB, not {text!r}") from error
 
 
 async def run(settings: Settings) -> None:
@@ -62,11 +74,15 @@ async def run(settings: Settings) -> None:
             ollama = await stack.enter_async_context(OllamaClient(settings.ollama_url))
         except (OSError, ValueError) as error:
             raise CannotStart(str(error)) from error
+        rpc = RpcServers(lends_bytes=settings.lends_bytes)
+        stack.push_async_callback(rpc.close)
         sampler = Sampler(
             node_id=node_id,
             ollama=ollama,
             gpus=gpu.detect(),
             host=HostReader(find_store()),
+            rpc=rpc,
+            memory_bandwidth=MemoryBandwidth().read,
             kind=settings.kind,
         )
         await sampler.first()

@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 from yarl import URL
 
-from agent import __version__
+from agent import __version__, bandwidth
 from agent.gpu import GpuSource, Reading
 from agent.host import HostReader, connections
 from agent.ollama.client import OllamaClient, parse_ps, parse_tags
 from agent.polled import Polled
 from agent.report import Model, NodeKind, Ollama, Report, Resident
+from agent.rpc_server import RpcServers
 from agent.worker import Worker
 
 # The pace of what is dear to read and changes slowly: Ollama opens every manifest to answer /api/tags, and to
@@ -32,6 +33,9 @@ SLOW_S = 5.0
 VERSION_EVERY_S = 30.0
 
 DEADLINE_S = 2.0
+
+# What takes its time but is done rarely: to load a GPU's libraries, to measure.
+PATIENCE_S = 60.0
 
 
 class NotReady(Exception):
@@ -48,6 +52,8 @@ class Sampler:
         ollama: OllamaClient,
         gpus: GpuSource,
         host: HostReader,
+        rpc: RpcServers | None = None,
+        memory_bandwidth: Callable[[], float] | None = None,
         kind: NodeKind = "ollama",
         every_s: float = 1.0,
         slow_s: float = SLOW_S,
@@ -74,6 +80,19 @@ class Sampler:
         if is_here(ollama.url):
             count = Worker(partial(connections, ollama.url.port or 80), "connections").call
             self._connections = polled("ollama.connections", count, slow_s)
+        self._rpc = rpc
+        self._look: Polled[None] | None = None
+        if rpc is not None:
+            self._look = Polled("rpc", self._look_for_rpc, every_s=slow_s, deadline_s=PATIENCE_S, clock=clock)
+        self._bandwidth: Polled[float] | None = None
+        if memory_bandwidth is not None:
+            self._bandwidth = Polled(
+                "host.memory_bandwidth",
+                Worker(memory_bandwidth, "bandwidth").call,
+                every_s=bandwidth.EVERY_S,
+                deadline_s=PATIENCE_S,
+                clock=clock,
+            )
 
     @property
     def parts(self) -> tuple[Polled[Any], ...]:
@@ -85,12 +104,15 @@ class Sampler:
             self._version,
             self._models,
             self._connections,
+            self._look,
+            self._bandwidth,
         )
         return tuple(part for part in parts if part is not None)
 
     async def first(self) -> None:
-        """Take one sample of everything, each part within its deadline."""
-        await asyncio.gather(*(part.refresh() for part in self.parts))
+        """Take one sample of everything that is quickly read, each part within its deadline."""
+        patient = (self._look, self._bandwidth)
+        await asyncio.gather(*(part.refresh() for part in self.parts if part not in patient))
 
     async def run(self) -> None:
         """Sample until cancelled."""
@@ -103,6 +125,9 @@ class Sampler:
         if self._host.value is None:
             raise NotReady(f"there is no sample yet: host: {self._host.error or 'being read'}")
         now_s = self._clock()
+        host = self._host.value
+        if self._bandwidth is not None:
+            host = host.model_copy(update={"memory_bandwidth_bytes_s": self._bandwidth.value})
         reading = self._gpus.value or Reading()
         stale = {part.part: why for part in self.parts if (why := part.staleness(now_s)) is not None}
         read = [part for part in self.parts if part.read_at_s is not None and part.sampled_at is not None]
@@ -113,7 +138,7 @@ class Sampler:
             kind=self._kind,
             sampled_at=newest.sampled_at,
             sample_age_s=max(0.0, now_s - (newest.read_at_s or now_s)),
-            host=self._host.value,
+            host=host,
             gpus=list(reading.gpus),
             ollama=Ollama(
                 url=str(self._ollama.url),
@@ -125,6 +150,7 @@ class Sampler:
                 connections=self._connections.value if self._connections else None,
                 requests_in_flight=requests_in_flight,
             ),
+            rpc=self._rpc.snapshot(host, reading.gpus) if self._rpc is not None else None,
             stale=reading.stale | stale,
         )
 
@@ -136,6 +162,10 @@ class Sampler:
         version = await self._ollama.version()
         self._version_asked_at_s = now_s
         return version
+
+    async def _look_for_rpc(self) -> None:
+        assert self._rpc is not None
+        await self._rpc.look((self._gpus.value or Reading()).gpus)
 
     # A body that did not change is not parsed again: 50 models a second would be most of the agent's work.
 

@@ -87,6 +87,15 @@ def test_the_agent_may_use_nvidias_devices_and_the_proxy_none() -> None:
     assert "PrivateDevices=yes" in template("proxy")
 
 
+def test_the_agent_may_hold_a_models_layers() -> None:
+    """An rpc-server is its child: what the agent alone needs must not be the limit of both."""
+    lines = template("agent").splitlines()
+    assert not [line for line in lines if line.startswith(("MemoryMax=", "MemoryHigh="))]
+    assert "OOMPolicy=continue" in lines
+    (tasks,) = [line for line in lines if line.startswith("TasksMax=")]
+    assert int(tasks.removeprefix("TasksMax=")) >= 1024  # a thread for each CPU, and several rpc-servers
+
+
 @pytest.mark.parametrize(
     ("path", "written"),
     [
@@ -104,6 +113,9 @@ def test_what_depends_on_the_machine(image: Path) -> None:
     assert machine_settings("agent", SOLLOL, image) == ""
     (image / "etc/group").write_text("root:x:0:\nollama:x:999:\n")
     assert "SupplementaryGroups=ollama" in machine_settings("agent", SOLLOL, image)
+    assert "render" not in machine_settings("agent", SOLLOL, image)
+    (image / "etc/group").write_text("root:x:0:\nvideo:x:44:\nrender:x:104:\n")
+    assert "SupplementaryGroups=render video" in machine_settings("agent", SOLLOL, image)
     assert machine_settings("proxy", SOLLOL, image) == ""
     assert "ProtectHome=read-only" in machine_settings("proxy", Path("/home/me/.venv/bin/sollol"), image)
 
