@@ -74,11 +74,12 @@ def service_setting(unit_directories: Iterable[Path], variable: str = "OLLAMA_MO
 
     Files that may not be read count as not there.
     """
-    # A drop-in overrides its unit wherever both lie, and drop-ins go by their names (systemd.unit(5)).
+    # The most important unit hides the others, each drop-in those of its name; drop-ins go by their names.
     units = [directory / _UNIT for directory in unit_directories]
     drop_ins = {path.name: path for unit in units for path in _listed(unit.with_name(_UNIT + ".d"), "*.conf")}
+    there = [unit for unit in units if _exists(unit)]
     value: str | None = None
-    for path in (*units, *(drop_ins[name] for name in sorted(drop_ins))):
+    for path in (*there[-1:], *(drop_ins[name] for name in sorted(drop_ins))):
         for line in _lines(path):
             key, _, assigned = line.partition("=")
             if key.strip() != "Environment":

@@ -267,7 +267,7 @@ def test_lists_and_show_describe_the_file(node: ShardNode) -> None:
     assert shown.modelinfo and shown.modelinfo["gemma3.block_count"] == 18
     assert shown.modelinfo["tokenizer.ggml.tokens"] is None
     assert shown.capabilities == ["completion"]
-    assert shown.modelfile and shown.modelfile.startswith("FROM /")
+    assert shown.modelfile and "\nFROM /" in shown.modelfile
     verbose = node.http.post("/api/show", json={"name": node.model, "verbose": True}).json()
     assert len(verbose["model_info"]["tokenizer.ggml.tokens"]) == 262144
     assert node.http.get("/").text == "Ollama is running"
