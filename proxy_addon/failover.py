@@ -104,7 +104,8 @@ class Failover:
         elif meaning is Meaning.STALE:
             # Its list decides, not this answer: the name may be one that only this endpoint does not take.
             self.suspect(node)
-        elif rec.ask is not None and meaning is Meaning.TOO_SMALL:
+        elif rec.ask is not None and meaning is Meaning.TOO_SMALL and not node.coordinator:
+            # Of a coordinator its report tells, which knows of every node that comes or goes.
             node.unfit_until_s[rec.ask.key] = now_s + UNFIT_S
 
     def _give_up(self, failure: Failure, rec: Record, node: Node, detail: str) -> http.Response | None:

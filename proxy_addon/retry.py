@@ -60,6 +60,8 @@ TABLE: tuple[Row, ...] = (
     _row(500, r"model runner has unexpectedly stopped|unexpected server status", Meaning.BROKEN),
     _row(500, r"no slots available|model failed to load|no longer running", Meaning.BROKEN),
     _row(500, r"connection refused|connection reset|unexpected EOF|: EOF", Meaning.BROKEN),
+    # What keeps one coordinator (shard/coordinator.py) from a plan need not keep the next.
+    _row(500, r"link to .* cannot be measured|no llama-server that can use other machines", Meaning.BROKEN),
     _row(400, r"do embedding request|no longer running", Meaning.BROKEN, *_EMBED),
     _row(403, r"^$", Meaning.REFUSED),  # Ollama's host check: empty body
     _row(502, r"^$|bad gateway", Meaning.BROKEN),

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
-from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.learning import MAX_SIZES, Speeds
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement.calibration import observe_sizes
-from proxy_addon.placement.memory import GPU_RESERVE_BYTES, fit, kv_bytes, need_bytes, room_of, shape_of
+from proxy_addon.placement.memory import (
+    GPU_RESERVE_BYTES,
+    expected_bytes,
+    fit,
+    kv_bytes,
+    need_bytes,
+    room_of,
+    shape_of,
+)
 from proxy_addon.placement.policies import decide
 from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident
 
@@ -132,3 +140,52 @@ def test_observed_sizes_correct_the_estimate_for_other_nodes() -> None:
     after = {c.node: c.excluded for c in decide(ask(), fleet, speeds, NOW_S).candidates}
     assert before[name(2)] is None
     assert after[name(2)] == "does not fit: needs 11.0 GiB, has 9.6 GiB"
+
+
+def test_head_counts_may_differ_from_layer_to_layer() -> None:
+    hybrid = {**LLAMA3_8B, "llama.attention.head_count_kv": [8, 0, 0, 0] * 8}  # every fourth layer attends
+    shape = shape_of(hybrid, 5 * GIB)
+    assert shape is not None
+    assert kv_bytes(shape, 8192) == GIB // 4
+
+
+def test_windows_may_be_told_for_each_layer_or_by_how_many() -> None:
+    window, layer_token = 128, 2 * 128 * 8 * 2
+    for pattern in ([True, False] * 16, 2):
+        info = {
+            **LLAMA3_8B,
+            "llama.attention.sliding_window": window,
+            "llama.attention.sliding_window_pattern": pattern,
+        }
+        shape = shape_of(info, 5 * GIB)
+        assert shape is not None
+        assert kv_bytes(shape, 8192) == 16 * (8192 + window + 512) * layer_token
+
+
+def test_a_models_size_is_learned_for_each_context() -> None:
+    speeds, shape = Speeds(), shape_of(LLAMA3_8B, 5 * GIB)
+    assert shape is not None
+
+    def need(num_ctx: int) -> int:
+        return expected_bytes(shape, 5 * GIB, num_ctx, seen=speeds.sizes("m"))
+
+    assert need(8192) == 7 * GIB
+    speeds.observe_size("m", 8192, int(6.5 * GIB))
+    assert need(8192) == pytest.approx(6.5 * GIB)
+    assert need(4096) == pytest.approx(6.5 * GIB * 6.5 / 7)  # nothing better is known: as wrong as there
+    # What a cache that is far smaller than thought takes off a long context says nothing of the weights.
+    speeds.observe_size("m", 131_072, 7 * GIB)
+    assert need(131_072) == pytest.approx(7 * GIB)
+    assert need(65_536) == 5 * GIB
+    assert need(8192) == pytest.approx(6.5 * GIB)
+
+
+def test_sizes_are_kept_over_a_restart_and_their_number_is_bounded() -> None:
+    speeds = Speeds()
+    for tokens in range(1, 40):
+        speeds.observe_size("m", tokens, GIB)
+    speeds.observe_size("m", 30, GIB)
+    speeds.observe_size("m", 40, GIB)
+    kept = Speeds.from_json(speeds.to_json()).sizes("m")
+    assert len(kept) == MAX_SIZES
+    assert 30 in kept and 24 not in kept
