@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import aiohttp
@@ -113,9 +113,9 @@ class Agents:
         await self._stack.aclose()
         await self._http.close()
 
-    async def refresh(self) -> None:
-        """Ask everyone now; who does not answer within :data:`ANSWER_S` keeps the report that he had."""
-        await asyncio.gather(*(self._ask(peer) for peer in self))
+    async def refresh(self, but: Container[str] = ()) -> None:
+        """Ask everyone now, ``but`` those; who does not answer within :data:`ANSWER_S` keeps his report."""
+        await asyncio.gather(*(self._ask(peer) for peer in self if peer.name not in but))
 
     async def _poll(self) -> None:
         while True:

@@ -18,9 +18,8 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Literal
 
-from agent.lease import Lease, TunnelError, measure
-
 from agent import llama_cpp
+from agent.lease import Lease, TunnelError, measure
 from agent.links import Link
 from agent.report import Report, ShardLoad, ShardModel, ShardPlan, ShardShare
 from shard.agents import Agents, Peer
@@ -316,11 +315,12 @@ class Coordinator:
 
     async def _plan(self, model: ServedModel, launch: Launch) -> Plan:
         """Plan without those who failed lately, with them if the model fits nowhere else. Raises NoRoom."""
-        await self.agents.refresh()
         now_s = time.monotonic()
         avoid = {node: why for node, (until_s, why) in self._blamed.items() if until_s > now_s}
+        await self.agents.refresh(but=avoid)
         found = await self.survey(model, launch, avoid)
         if isinstance(found.planned, TooBig) and avoid:
+            await self.agents.refresh()
             found = await self.survey(model, launch)
         if isinstance(found.planned, TooBig):
             without = "; ".join(f"{node} is left out: {why}" for node, why in found.left_out.items())

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import aiohttp
 import orjson
 import psutil
-from agent.lease import Lease
 
+from agent.lease import Lease
 from agent.report import ShardPlan
 from shard.hang import Pulse, hung, pulse
 from shard.llama_server import Launch, LlamaServer
@@ -47,6 +47,7 @@ class ShardedServer(LlamaServer):
         self.culprit: tuple[str, str] | None = None  #: (node, reason): who made it end
         self.loading = True
         self._watches: list[asyncio.Task[None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
 
     def adopt(self, plan: ShardPlan, leases: Mapping[Place, Lease]) -> None:
         """Take over ``leases``; from now on they end with this server, and it with any of them."""
@@ -67,15 +68,25 @@ class ShardedServer(LlamaServer):
         return self.culprit
 
     def received_bytes(self) -> int:
-        """Return how many bytes the rpc-servers have been sent, or hold: whichever tells more."""
-        return sum(lease.received_bytes for lease in self.leases.values())
+        """Return how many bytes the rpc-servers were sent; where no tunnel counts them, what they hold."""
+        total = 0
+        for lease in self.leases.values():
+            if not lease.direct:
+                total += lease.received_bytes
+            elif lease.latest is not None:
+                total += lease.latest.memory_bytes
+        return total
 
     async def stop(self) -> None:
         """End llama-server, then the rpc-servers; safe to call twice."""
         for watch in self._watches:
             watch.cancel()
         await super().stop()
-        await asyncio.gather(*(lease.close() for lease in self.leases.values()))
+        closing = {lease: asyncio.create_task(lease.close()) for lease in self.leases.values()}
+        # An agent that is gone confirms nothing: it ends its rpc-server by itself, and nobody waits for it.
+        present = [task for lease, task in closing.items() if not lease.lost.done()]
+        self._closing |= set(closing.values())
+        await asyncio.gather(*present)
 
     async def _watch_lease(self, node: str, lease: Lease) -> None:
         reason = await asyncio.shield(lease.lost)
