@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,7 +168,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {ANSWER_S:g} s"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return str(error.os_error.strerror or error.os_error).lower()
+        return os.strerror(error.os_error.errno or errno.EHOSTUNREACH).lower()
     if isinstance(error, ValidationError):
         return "what answers there is no agent"
     return str(error) or type(error).__name__

@@ -1,0 +1,146 @@
+"""Who is asked for a report, what is taken for one, and how nodes are called."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from aiohttp import web
+
+from agent.announce import Announced
+from agent.report import SCHEMA_VERSION
+from shard.agents import FRESH_S, Agents, agent_url, name_of
+
+Serve = Callable[[Callable[[], web.Response]], Awaitable[str]]
+
+
+def report(version: int = SCHEMA_VERSION) -> dict[str, object]:
+    return {
+        "schema_version": version,
+        "agent_version": "0.1.0",
+        "node_id": "0123456789abcdef",
+        "sampled_at": "2026-01-01T00:00:00Z",
+        "sample_age_s": 0.1,
+        "host": {"hostname": "box", "cpu_count": 2, "ram_total_bytes": 8, "ram_available_bytes": 4},
+        "ollama": {"url": "http://127.0.0.1:11434", "reachable": True},
+    }
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    runners: list[web.AppRunner] = []
+
+    async def start(answer: Callable[[], web.Response]) -> str:
+        async def handle(_: web.Request) -> web.Response:
+            return answer()
+
+        app = web.Application()
+        app.router.add_get("/v1/report", handle)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        runners.append(runner)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return f"127.0.0.1:{runner.addresses[0][1]}"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("10.0.0.2", "10.0.0.2"),
+        ("10.0.0.2:11435", "10.0.0.2"),
+        ("10.0.0.2:9", "10.0.0.2:9"),
+        ("http://box.lan:11435", "box.lan"),
+        ("[fd00::2]:7", "[fd00::2]:7"),
+    ],
+)
+def test_nodes_are_called_by_their_agents_address(text: str, name: str) -> None:
+    assert name_of(agent_url(text)) == name
+
+
+@pytest.mark.parametrize("text", ["", "https://10.0.0.2", "http://"])
+def test_what_names_no_agent_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="named by HOST:PORT"):
+        agent_url(text)
+
+
+async def test_a_report_is_kept_and_grows_old(serve: Serve) -> None:
+    where = await serve(lambda: web.json_response(report()))
+    agents = Agents([where])
+    await agents.refresh()
+    peer = agents[where]
+    assert peer.error == "" and peer.here
+    assert (fresh := peer.fresh(peer.reported_at_s + FRESH_S)) and fresh.host.hostname == "box"
+    assert peer.fresh(peer.reported_at_s + FRESH_S + 0.1) is None
+    await agents.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda: web.json_response(report(SCHEMA_VERSION + 1)), f"version {SCHEMA_VERSION + 1}"),
+        (lambda: web.json_response({"hello": "world"}), "no agent"),
+        (lambda: web.Response(text="nonsense"), "no agent"),
+        (lambda: web.Response(status=503, text="{}"), "503"),
+    ],
+)
+async def test_what_is_no_report_is_said_and_the_last_one_stays(
+    serve: Serve, answer: Callable[[], web.Response], why: str
+) -> None:
+    now: list[Callable[[], web.Response]] = [lambda: web.json_response(report())]
+    where = await serve(lambda: now[0]())
+    agents = Agents([where])
+    await agents.refresh()
+    now[0] = answer
+    await agents.refresh()
+    assert why in agents[where].error
+    assert agents[where].report is not None
+    await agents.close()
+
+
+async def test_nobody_there_is_said(serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = Agents([where])
+    await agents.start()
+    assert "refused" in agents[where].error
+    await agents.close()
+
+
+async def test_those_who_are_left_out_are_not_asked(serve: Serve) -> None:
+    asked: list[str] = []
+
+    def answer(name: str) -> Callable[[], web.Response]:
+        def handle() -> web.Response:
+            asked.append(name)
+            return web.json_response(report())
+
+        return handle
+
+    first, second = await serve(answer("first")), await serve(answer("second"))
+    agents = Agents([first, second])
+    await agents.refresh(but={first: "it failed lately"})
+    assert asked == ["second"]
+    await agents.close()
+
+
+async def test_announced_agents_come_and_go_and_coordinators_are_none() -> None:
+    agents = Agents(["10.9.0.2"])
+
+    def announce(node_id: str, address: str, kind: str = "ollama") -> None:
+        agents._on_announcement(node_id, Announced(node_id, kind, (address,), 11435, 11434, "0.1.0"))
+
+    announce("a", "10.9.0.2")  # named already
+    announce("b", "10.9.0.3")
+    announce("c", "10.9.0.4", kind="shard")
+    assert [peer.name for peer in agents] == ["10.9.0.2", "10.9.0.3"]
+    agents._on_announcement("a", None)
+    agents._on_announcement("b", None)
+    assert [peer.name for peer in agents] == ["10.9.0.2"]
+    await agents.close()
+    await asyncio.sleep(0)
