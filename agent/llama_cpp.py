@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,12 @@ while not operations or operations[-1] not in ("GLU", "") and len(operations) < 
 said = {"commit": base.ggml_commit().decode(), "version": base.ggml_version().decode(),
         "layout": [operations, base.ggml_tensor_overhead(), base.ggml_graph_overhead()]}
 if len(sys.argv) > 2:
-    cpu = ctypes.CDLL(sys.argv[2])
-    said["features"] = [name for name in sys.argv[3:] if getattr(cpu, "ggml_cpu_has_" + name)()]
+    try:
+        cpu = ctypes.CDLL(sys.argv[2])
+    except OSError as error:
+        said["trouble"] = str(error)
+    else:
+        said["features"] = [name for name in sys.argv[3:] if getattr(cpu, "ggml_cpu_has_" + name)()]
 print(json.dumps(said))
 """
 _ASK_TIMEOUT_S = 20.0
@@ -268,55 +272,68 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ggml:
-    """What a folder's ggml libraries say of themselves; ``died`` if they could not be asked."""
+class Ggml:
+    """What a folder's ggml libraries say of themselves.
 
-    folder: Path
-    version: str = ""
-    layout: Any = None
-    features: frozenset[str] = field(default_factory=frozenset)
-    died: bool = False
+    ``layout`` is what a backend must agree with: operations, and sizes in memory. ``trouble`` is why the CPU
+    backend does not load.
+    """
+
+    version: str
+    layout: Any
+    features: frozenset[str] = frozenset()
+    trouble: str | None = None
 
     @classmethod
-    def ask(cls, folder: Path) -> _Ggml:
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    def ask(cls, folder: Path) -> Ggml | None:
+        """Ask them; None if they cannot be loaded, or lack what is asked."""
         libraries = [str(folder / _BASE), str(folder / f"{_CPU_BACKEND}.0")]
-        said = _ask([*libraries, *_CPU_FLAGS], environment)
+        said = _ask([*libraries, *_CPU_FLAGS], {**os.environ, "LD_LIBRARY_PATH": str(folder)})
         if said is None:
-            return cls(folder, died=True)
-        return cls(folder, said["version"], said["layout"], frozenset(said["features"]))
+            return None
+        return cls(said["version"], said["layout"], frozenset(said.get("features", ())), said.get("trouble"))
+
+    def why_not(self, flags: Collection[str]) -> str | None:
+        """Return why the CPU backend cannot run on a CPU with these flags, None if it can."""
+        if self.trouble:
+            return f"it does not load: {self.trouble}"
+        lacks = lacking(self.features, flags)
+        return f"this CPU lacks {', '.join(lacks)}" if lacks else None
+
+
+def misfit(own: Ggml, other: Ggml | None, flags: Collection[str]) -> str | None:
+    """Return why the CPU backend of ``other`` cannot take the place of ``own``'s, None if it can."""
+    if other is None:
+        return "its libraries do not load"
+    if own.layout != other.layout:
+        return f"it is of ggml {other.version}, whose operations are not those of {own.version}"
+    return other.why_not(flags)
 
 
 def _wheel_overlay(wheel: Path) -> Path | None:
     """Return the overlay that the wheel needs on this CPU, None if it needs none. Raises Unusable."""
     flags = cpu_flags()
-    own = _Ggml.ask(wheel)
-    lacks = lacking(own.features, flags)
-    if not lacks and not own.died:
+    own = Ggml.ask(wheel)
+    if own is None:
+        raise Unusable(f"the libraries of {_DISTRIBUTIONS[0]} do not load on this machine")
+    why_not = own.why_not(flags)
+    if why_not is None:
         return None
-    what = f"the llama.cpp of {_DISTRIBUTIONS[0]} cannot run on this CPU"
-    why = f"which lacks {', '.join(lacks)}" if lacks else "as its libraries do not even load"
     portable = _folder(_PORTABLE_WHEEL, "lib64") or _folder(_PORTABLE_WHEEL, "lib")
-    if portable is None:
-        raise Unusable(f"{what}, {why}, and {_DISTRIBUTIONS[1]}, which has a CPU backend for it, is missing")
-    other = _Ggml.ask(portable)
-    if own.died or other.died:
-        raise Unusable(f"{what}, {why}, and the two cannot be compared with {_DISTRIBUTIONS[1]}")
-    if own.layout != other.layout:
+    reason = misfit(own, Ggml.ask(portable), flags) if portable else "it is not installed"
+    if portable is None or reason:
         raise Unusable(
-            f"{what}, {why}, and the CPU backend of {_DISTRIBUTIONS[1]} (ggml {other.version}) "
-            f"does not fit its ggml {own.version}: their operations differ"
+            f"the CPU backend of {_DISTRIBUTIONS[0]} cannot run here ({why_not}), "
+            f"and that of {_DISTRIBUTIONS[1]} cannot take its place: {reason}"
         )
-    if lacks := lacking(other.features, flags):
-        raise Unusable(f"{what}, {why}, nor can that of {_DISTRIBUTIONS[1]}: it needs {', '.join(lacks)}")
-    return _make_overlay(wheel, portable)
+    return make_overlay(wheel, portable)
 
 
 # The overlay
 
 
-def _make_overlay(wheel: Path, portable: Path) -> Path:
-    """Return a folder of links to ``wheel``'s libraries, with the CPU backend of ``portable``."""
+def make_overlay(wheel: Path, portable: Path) -> Path:
+    """Return a folder of links to ``wheel``'s files, with the CPU backend of ``portable``. Raises OSError."""
     links = {path.name: path for path in wheel.iterdir() if not path.name.startswith(_CPU_BACKEND)}
     links[f"{_CPU_BACKEND}.0"] = portable / f"{_CPU_BACKEND}.0"
     # The folders belong to the key: two environments may have the same versions, and one of them may go.
@@ -359,14 +376,13 @@ def _link_all(folder: Path, links: Mapping[str, Path]) -> Path:
     try:
         for name, target in links.items():
             (draft / name).symlink_to(target)
-        if folder.exists():  # of other files than the wheel has today
-            folder.rename(draft.with_suffix(".old"))
-            shutil.rmtree(draft.with_suffix(".old"))
-        draft.rename(folder)
-    except OSError:
+        try:
+            draft.rename(folder)
+        except OSError:  # it is there: another process was faster, or something in it was broken
+            for name in links:
+                (draft / name).replace(folder / name)
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if not _holds(folder, links):  # else another process was faster
-            raise
     return folder
 
 
