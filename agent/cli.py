@@ -40,6 +40,14 @@ def run(
     ] = None,
     kind: Annotated[str, typer.Option(help="What serves the models: ollama or shard.")] = "ollama",
     mdns: Annotated[bool, typer.Option(help="Announce this node on the local network.")] = True,
+    tunnel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where members of this node's fleet reach its rpc-servers, once it has joined one.",
+            show_default="the first --listen's host, port 11437",
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +76,7 @@ def run(
             kind="shard" if kind == "shard" else "ollama",
             token=token or None,
             mdns=mdns,
+            tunnel=None if tunnel is None else parse_listen(tunnel),
             lends_bytes=None if memory is None else parse_size(memory),
         )
         asyncio.run(serve(settings))
@@ -101,6 +110,33 @@ def install(
             _fail(str(error))
         for step in steps:
             typer.echo(step)
+
+
+@app.command()
+def join(
+    context: typer.Context,
+    url: Annotated[str, typer.Argument(metavar="URL", help="The coordinator, as http://10.0.0.2:11436.")],
+    token: Annotated[str, typer.Argument(metavar="TOKEN", help="What `sollol shard init` printed there.")],
+    name: Annotated[
+        str | None, typer.Option(help="How the fleet calls this node.", show_default="its host name")
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the agent keeps its state.", show_default="$XDG_STATE_HOME/sollol"),
+    ] = None,
+) -> None:
+    """Make this node a member of a fleet, so that coordinators may lease its memory."""
+    from agent import state
+    from agent.join import CannotJoin
+    from agent.join import join as enter
+
+    given = context.parent.params.get("state_dir") if context.parent else None
+    try:
+        member = asyncio.run(enter(url, token, state_dir or given or state.state_dir(), name))
+    except CannotJoin as error:
+        _fail(str(error))
+    typer.echo(f"{member.name} has joined the fleet as {member.role}.")
+    typer.echo("An agent that runs here already accepts tunnels once it is restarted.")
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -44,6 +44,7 @@ class Settings:
     token: str | None = None
     mdns: bool = True
     lends_bytes: int | None = None
+    tunnel: tuple[str, int] | None = None  #: where members of its fleet lease rpc-servers
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -70,7 +71,8 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     async with AsyncExitStack() as stack:
         try:
-            node_id = state.node_id(settings.state_dir or state.state_dir())
+            directory = settings.state_dir or state.state_dir()
+            node_id = state.node_id(directory)
             ollama = await stack.enter_async_context(OllamaClient(settings.ollama_url))
         except (OSError, ValueError) as error:
             raise CannotStart(str(error)) from error
@@ -85,6 +87,7 @@ async def run(settings: Settings) -> None:
             memory_bandwidth=MemoryBandwidth().read,
             kind=settings.kind,
         )
+        await _open_tunnel(stack, settings, directory, rpc)
         await sampler.first()
         addresses = await _listen(stack, make_app(sampler, token=settings.token), settings.listen)
         if settings.mdns:
@@ -117,6 +120,32 @@ async def _listen(
             reason = error.strerror or str(error)
             raise CannotStart(f"the agent cannot listen on {host}:{port}: {reason}") from error
     return [address[:2] for address in runner.addresses]
+
+
+async def _open_tunnel(stack: AsyncExitStack, settings: Settings, directory: Path, rpc: RpcServers) -> None:
+    """Let members of this node's fleet, if it belongs to one, lease rpc-servers."""
+    if not (directory / "fleet").is_dir():
+        return
+    # Imported here, for an agent on its own needs no certificates.
+    from agent import pki
+    from agent.tunnel import PORT, TunnelServer
+
+    host, port = settings.tunnel or (settings.listen[0][0], PORT)
+    try:
+        member = pki.identity(directory)
+        if member is None:
+            return
+        server = TunnelServer(
+            rpc, accept=pki.server_context(directory), connect=pki.client_context(directory)
+        )
+        rpc.tunnel_port = await server.start(host, port)
+    except pki.PkiError as error:
+        raise CannotStart(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CannotStart(f"the agent cannot accept tunnels on {host}:{port}: {reason}") from error
+    stack.push_async_callback(server.close)
+    logger.info("%s of the fleet accepts tunnels on %s:%d", member.name, host, rpc.tunnel_port)
 
 
 async def _announce(
