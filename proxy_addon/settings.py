@@ -43,7 +43,7 @@ SHARD_SCHEME = "shard://"
 PREFIX = "SOLLOL_"
 #: Variables of the other parts (and of the command line), which share the prefix.
 FOREIGN = re.compile(
-    r"SOLLOL_(AGENT_(?!TOKEN$)|(SHARD|LLAMA|NVML|DEMO|BENCH|TEST)_|(PROXY_ARGS|URL|CONFIG)$)"
+    r"SOLLOL_(AGENT_(?!TOKEN$)|(SHARD|LLAMA|RPC|NVML|DEMO|BENCH|TEST)_(?!_)|(PROXY_ARGS|URL|CONFIG)$)"
 )
 FLAGS = {"--listen": "listen", "--nodes": "nodes", "--mode": "modes", "--state-dir": "state_dir"}
 MODES = ("regular", "socks5", "transparent", "reverse")  #: those in which the guard knows what is asked

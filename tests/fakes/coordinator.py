@@ -36,9 +36,9 @@ class FakeCoordinator(FakeOllama):
     def report(self) -> Report:
         """What ``/v1/report`` says now."""
         runners, loading = self.scheduler.runners.values(), self.scheduler.loading
-        loads = [self._load(short(runner.name), "ready", 1.0) for runner in runners]
+        loads = [self._load(short(runner.name), "ready", 1.0, runner.num_ctx) for runner in runners]
         if loading is not None:
-            loads.append(self._load(short(loading.name), "loading", 0.25))
+            loads.append(self._load(short(loading.name), "loading", 0.25, self.spec.num_ctx))
         names = [short(model.name) for model in self.store.listing()]
         models = [
             ShardModel.model_validate({"model": name, "fits": True} | self.models.get(name, {}))
@@ -47,13 +47,13 @@ class FakeCoordinator(FakeOllama):
         shard = Shard(models=models, loads=loads, plans=[load.plan for load in loads if load.plan])
         return self._reporter.report().model_copy(update={"kind": "shard", "shard": shard, "gpus": []})
 
-    def _load(self, name: str, phase: Any, progress: float) -> ShardLoad:
+    def _load(self, name: str, phase: Any, progress: float, num_ctx: int) -> ShardLoad:
         plan = ShardPlan(
             id=f"plan-{self.server.port}-{len(self.scheduler.loads)}",
             model=name,
             made_at=MADE_AT,
             reason="a request",
-            num_ctx=4096,
+            num_ctx=num_ctx,
             parallel=1,
             shares=[self._share("a", 0, name), self._share("b", 14, name)],
             ms_per_token=20.0,

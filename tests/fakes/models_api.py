@@ -104,7 +104,7 @@ async def show(node: FakeOllama, exchange: Exchange) -> None:
         "modelfile": modelfile,
         "template": model.template,
         "details": model.details,
-        "model_info": model.model_info(),
+        "model_info": model.model_info(bool(body.get("verbose"))),
         "capabilities": list(model.capabilities),
         "modified_at": _time(model),
     }

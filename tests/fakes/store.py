@@ -92,8 +92,8 @@ class FakeModel:
             "quantization_level": self.quantization_level,
         }
 
-    def model_info(self) -> dict[str, Any]:
-        """``model_info`` as show has it, without the arrays that are null unless verbose."""
+    def model_info(self, verbose: bool = False) -> dict[str, Any]:
+        """``model_info`` as show has it: arrays are null unless ``verbose``."""
         arch = self.architecture
         return {
             "general.architecture": arch,
@@ -106,7 +106,7 @@ class FakeModel:
             f"{arch}.context_length": self.context_length,
             f"{arch}.embedding_length": self.embedding_length,
             "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.tokens": None,
+            "tokenizer.ggml.tokens": ["a", "b"] if verbose else None,
         }
 
 

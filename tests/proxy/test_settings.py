@@ -92,12 +92,32 @@ def test_variables_of_the_other_parts_are_left_alone() -> None:
         "SOLLOL_URL": "x",
         "SOLLOL_AGENT_LISTEN": "x",
         "SOLLOL_PROXY_ARGS": "",
+        "SOLLOL_SHARD_ARGS": "",
+        "SOLLOL_RPC_SERVER": "x",
         "SOLLOL_AGENT_TOKEN_X": "",
         "SOLLOL_AGENT_TOKEN": "s3",
     }
     token = read(env=env).agent_token
     assert token is not None
     assert token.get_secret_value() == "s3"
+
+
+def test_what_is_a_coordinators() -> None:
+    settings = read(
+        "shard: {min_gpu_share: 0.5}",
+        {"SOLLOL_SHARD__WAIT_S": "5", "SOLLOL_SHARD__MODELS": "Llama3.1:70b,big"},
+        ("nodes=shard://10.0.0.9,shard://[fd00::2]:99,10.0.0.1",),
+    )
+    assert settings.shard.models == {
+        "registry.ollama.ai/library/llama3.1:70b",
+        "registry.ollama.ai/library/big:latest",
+    }
+    assert (settings.shard.min_gpu_share, settings.shard.wait_s) == (0.5, 5)
+    assert [(str(node), node.kind) for node in settings.nodes] == [
+        ("10.0.0.9:11436", "shard"),
+        ("[fd00::2]:99", "shard"),
+        ("10.0.0.1:11434", "ollama"),
+    ]
 
 
 def test_the_users_own_file_is_found(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from proxy_addon.endpoints import ENDPOINTS
 from proxy_addon.fleet import agent_watch
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.polls import PollFailed, ReportTooNew, parse_report
+from tests.fakes.coordinator import FakeCoordinator
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.faults import hang
 from tests.fakes.fixtures import AgentFactory, NodeFactory
@@ -188,11 +189,33 @@ async def test_a_guess_is_quiet_and_can_be_switched_off(
     assert no_agent.received == []
 
 
-async def test_a_coordinator_reports_for_itself(ollama_node: NodeFactory, watched: WatchFactory) -> None:
-    coordinator = await ollama_node()
-    found = watched(discovery={"agents": True})
-    found.fleet.add(Node("127.0.0.1", coordinator.server.port, kind="shard"))
-    await coordinator.wait_received(1, "/v1/report")
+@pytest.mark.parametrize("guesses", [True, False])
+async def test_a_coordinator_reports_for_itself(watched: WatchFactory, guesses: bool) -> None:
+    async with FakeCoordinator(["big"]) as coordinator:
+        found = watched(discovery={"agents": guesses})
+        node = found.fleet.add(Node("127.0.0.1", coordinator.server.port, kind="shard"))
+        assert node.coordinator
+        await until(lambda: node.report and node.report.shard)
+        await coordinator.kill()
+        await until(lambda: node.report is None)
+        await coordinator.restart()
+        await until(lambda: node.report)  # within a second, not when it is guessed at again
+        await found.watch.stop()
+
+
+async def test_a_single_machine_behind_llama_server_is_no_coordinator(
+    fake_agent: AgentFactory, watched: WatchFactory
+) -> None:
+    async with FakeCoordinator(["small"]) as single:
+        single.reports = False
+        agent = await fake_agent(single)
+        agent.changes = {"kind": "shard"}
+        found = watched(single, agent_url=agent.url)
+        node = only(found.fleet)
+        node.kind = "shard"
+        await until(lambda: node.report)
+        assert not node.coordinator
+        await found.watch.stop()
 
 
 async def test_what_is_no_report_is_refused(ollama_node: NodeFactory) -> None:
