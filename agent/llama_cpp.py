@@ -387,9 +387,10 @@ def _link_all(folder: Path, links: Mapping[str, Path]) -> Path:
 
 
 def _holds(folder: Path, links: Mapping[str, Path]) -> bool:
-    return all(
-        (folder / name).is_file() and (folder / name).readlink() == path for name, path in links.items()
-    )
+    def held(link: Path, target: Path) -> bool:
+        return link.is_symlink() and link.readlink() == target and link.is_file()
+
+    return all(held(folder / name, target) for name, target in links.items())
 
 
 # Subprocesses
