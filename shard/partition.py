@@ -35,10 +35,10 @@ from itertools import accumulate
 TIE = 1e-11
 #: States kept after each placed slot: of the first, quick pass, which only finds something good to beat, ...
 _NARROW = 4
-#: ... and of the pass that proves it best. 400 states × 15 slots take about 10 ms each on a 2020s core.
-WIDE = 400
-#: Sets of used slots kept while looking for any layout that fits; 2^11, so up to 12 unequal slots are exact.
-_PACKINGS = 2048
+#: ... and of the pass that proves it best. 100 states × 15 slots take about 10 ms each on a 2020s core.
+WIDE = 100
+#: Sets of used slots kept while looking for any layout that fits; exact for up to 10 unequal slots, 2^10 / 4.
+_PACKINGS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,21 @@ class Slot:
     first: bool = False  #: can only stand at the head
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """For each layer: where the longest segment ends that starts there and fits some room; and the most that
+    any such segment has that starts there or behind."""
+
+    ends: list[int]
+    most_work: list[float]
+    most_bytes: list[int]
+    most_layers: list[int]
+
+
+def _most_behind[N: (int, float)](values: Sequence[N]) -> list[N]:
+    return list(accumulate(reversed(values), max))[::-1]
+
+
 class Row:
     """The layers that are placed, and the output layer behind them."""
 
@@ -61,33 +76,31 @@ class Row:
         self.memory = list(accumulate(memory_bytes, initial=0))
         self.work = list(accumulate(work_bytes, initial=0.0))
         self.output_bytes = output_bytes
-        self._reaches: dict[int, tuple[list[int], float]] = {}
+        self._runs: dict[int, Runs] = {}
 
     @property
     def total_bytes(self) -> int:
         """All layers and the output layer."""
         return self.memory[-1] + self.output_bytes
 
-    def reach(self, room_bytes: int) -> list[int]:
-        """For each first layer, the end of the longest segment that ``room_bytes`` hold."""
-        return self._reach(room_bytes)[0]
-
-    def most_work(self, room_bytes: int) -> float:
-        """The most work of any segment that ``room_bytes`` hold."""
-        return self._reach(room_bytes)[1]
-
-    def _reach(self, room_bytes: int) -> tuple[list[int], float]:
-        known = self._reaches.get(room_bytes)
+    def runs(self, room_bytes: int) -> Runs:
+        """The longest segments that ``room_bytes`` hold."""
+        known = self._runs.get(room_bytes)
         if known is None:
-            ends, end = [], 0
-            for start in range(self.layers + 1):
-                end = max(end, start)
-                while end < self.layers and self.memory[end + 1] - self.memory[start] <= room_bytes:
-                    end += 1
-                ends.append(end)
-            most = max(self.work[end] - self.work[start] for start, end in enumerate(ends))
-            known = self._reaches[room_bytes] = ends, most
+            known = self._runs[room_bytes] = self._find_runs(room_bytes)
         return known
+
+    def _find_runs(self, room_bytes: int) -> Runs:
+        ends, end = [], 0
+        for start in range(self.layers + 1):
+            end = max(end, start)
+            while end < self.layers and self.memory[end + 1] - self.memory[start] <= room_bytes:
+                end += 1
+            ends.append(end)
+        work = [self.work[end] - self.work[start] for start, end in enumerate(ends)]
+        memory = [self.memory[end] - self.memory[start] for start, end in enumerate(ends)]
+        count = [end - start for start, end in enumerate(ends)]
+        return Runs(ends, _most_behind(work), _most_behind(memory), _most_behind(count))
 
     def finishes(self, start: int, slot: Slot) -> bool:
         """Whether ``slot`` holds all from layer ``start`` on, and the output layer."""
@@ -119,9 +132,34 @@ def price(row: Row, slot: Slot, first: int, end: int) -> float:
 
 def lower_bound(row: Row, slots: Sequence[Slot]) -> float:
     """No layout over some of ``slots`` costs less; infinite if there is certainly none."""
-    ends = [slot.output_ms for slot in slots if row.output_bytes <= slot.room_bytes]
-    room = sum(max(slot.room_bytes, 0) for slot in slots)
-    return _pour(row, 0, room, min(ends, default=math.inf), sorted(_pours(row, slots)))
+    return _pour(row, 0, slots, [row.runs(slot.room_bytes) for slot in slots])
+
+
+def _pour(row: Row, start: int, slots: Sequence[Slot], runs: Sequence[Runs]) -> float:
+    """What layers ``start`` on and the output layer cost at least on ``slots``; infinite if too much."""
+    left = row.work[-1] - row.work[start]
+    bytes_, layers, room = 0, 0, 0
+    cost = math.inf
+    pours: list[tuple[float, float]] = []
+    for slot, run in zip(slots, runs, strict=True):
+        if slot.room_bytes >= row.output_bytes and slot.output_ms < cost:
+            cost = slot.output_ms
+        if slot.room_bytes > 0:
+            room += slot.room_bytes
+        bytes_ += run.most_bytes[start]
+        layers += run.most_layers[start]
+        if (most := run.most_work[start]) > 0:
+            pours.append((slot.ms_per_byte + slot.hop_ms / most, most))
+    rest_bytes = row.memory[-1] - row.memory[start]
+    if bytes_ < rest_bytes or layers < row.layers - start or room < rest_bytes + row.output_bytes:
+        return math.inf
+    pours.sort()
+    for ratio, most in pours:
+        if left <= most:
+            return cost + left * ratio
+        cost += most * ratio
+        left -= most
+    return cost  # what is left over by rounding alone has a place
 
 
 def pack(row: Row, slots: Sequence[Slot], most_remote: int) -> Layout | None:
@@ -149,29 +187,6 @@ def cut(
     return best and Layout(best.segments, best.ms, proven)
 
 
-def _pours(row: Row, slots: Sequence[Slot]) -> list[tuple[float, float]]:
-    """For each slot, its ms per byte with its hop spread over the most work that it takes, and that."""
-    mosts = [row.most_work(slot.room_bytes) for slot in slots]
-    return [
-        (slot.ms_per_byte + (slot.hop_ms / most if most else 0.0), most)
-        for slot, most in zip(slots, mosts, strict=True)
-    ]
-
-
-def _pour(row: Row, start: int, room: int, output_ms: float, pours: Sequence[tuple[float, float]]) -> float:
-    """What layers ``start`` on and the output layer cost at least, poured into ``pours`` from the first."""
-    if room < row.total_bytes - row.memory[start]:
-        return math.inf
-    left, cost = row.work[-1] - row.work[start], output_ms
-    for ratio, most in pours:
-        if left <= most:
-            return cost + left * ratio
-        cost += most * ratio
-        left -= most
-    # What is left over by rounding alone has a place.
-    return cost if left <= TIE * row.work[-1] else math.inf
-
-
 #: The way to a state: the way before it, and the segment that was added.
 type _Way = tuple[_Way, Segment] | None
 
@@ -181,7 +196,8 @@ class _Search:
 
     def __init__(self, row: Row, slots: Sequence[Slot], most_remote: int) -> None:
         self.row, self.slots, self.most_remote = row, slots, most_remote
-        self.reach = [row.reach(slot.room_bytes) for slot in slots]
+        self.runs = [row.runs(slot.room_bytes) for slot in slots]
+        self._rests: dict[int, tuple[list[Slot], list[Runs]]] = {}
         self.remote = sum(1 << index for index, slot in enumerate(slots) if slot.remote)
         seen: dict[Slot, int] = {}
         #: for each slot, the bit of the twin that has to be used before it
@@ -190,11 +206,6 @@ class _Search:
             if slot in seen:
                 self.before[index] = 1 << seen[slot]
             seen[slot] = index
-        self.output_ms = [
-            slot.output_ms if row.output_bytes <= slot.room_bytes else math.inf for slot in slots
-        ]
-        self.pours = _pours(row, slots)
-        self._rests: dict[int, tuple[int, float, list[tuple[float, float]]]] = {}
 
     def free(self, used: int) -> list[int]:
         """The slots that may be placed next."""
@@ -215,14 +226,12 @@ class _Search:
             rest = self._rests[used] = self._rest(used)
         return _pour(self.row, start, *rest)
 
-    def _rest(self, used: int) -> tuple[int, float, list[tuple[float, float]]]:
-        """Room, the cheapest output layer and (ms per byte, most bytes) of the slots not in ``used``."""
+    def _rest(self, used: int) -> tuple[list[Slot], list[Runs]]:
+        """The slots that are still free once ``used`` are, and their runs."""
         left = [
             index for index, slot in enumerate(self.slots) if not (used >> index & 1 or (slot.first and used))
         ]
-        room = sum(max(self.slots[index].room_bytes, 0) for index in left)
-        output_ms = min((self.output_ms[index] for index in left), default=math.inf)
-        return room, output_ms, sorted(pour for index in left if (pour := self.pours[index])[1] > 0)
+        return [self.slots[index] for index in left], [self.runs[index] for index in left]
 
     def cheapest(self, below_ms: float, width: int) -> tuple[Layout | None, bool]:
         """The cheapest layout below ``below_ms`` on ``width`` states a step; whether nothing was left out."""
@@ -241,10 +250,10 @@ class _Search:
                         if ms < below_ms - TIE * abs(below_ms):
                             below_ms = ms
                             best = Layout(_segments((way, Segment(index, start, row.layers))), ms)
-                    longest = self.reach[index][start]
+                    longest = self.runs[index].ends[start]
                     shortest = start + 1
                     if unfilled >= 0:  # must be full to the left: what begins one layer earlier does not fit
-                        shortest = max(shortest, self.reach[index][start - 1] + 1)
+                        shortest = max(shortest, self.runs[index].ends[start - 1] + 1)
                     taken = used | 1 << index
                     for end in range(shortest, longest + 1):
                         key = (taken, end, -1 if end == longest else index)
@@ -273,7 +282,7 @@ class _Search:
                     for index in self.free(used):
                         if self.row.finishes(start, self.slots[index]):
                             return self._priced(_segments((way, Segment(index, start, self.row.layers))))
-                        end, taken = self.reach[index][start], used | 1 << index
+                        end, taken = self.runs[index].ends[start], used | 1 << index
                         known = following.get(taken)
                         if end == start or (known is not None and known[0] >= end):
                             continue

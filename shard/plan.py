@@ -34,7 +34,7 @@ from typing import Literal
 
 from agent.links import Link
 from shard import partition
-from shard.shape import LayerShape, ModelShape, compute_buffer_bytes, kv_bytes
+from shard.shape import LayerShape, ModelShape, compute_buffer_bytes, input_buffer_bytes, kv_bytes
 
 #: Share of the memory bandwidth that decoding one sequence reaches. GPUs: 50 to 60 % measured at batch size 1
 #: (Databricks, "LLM Inference Performance Engineering", 2023). CPUs: llama.cpp reads quantised weights at
@@ -55,7 +55,10 @@ ACTIVATION_BYTES = 4  #: activations and logits travel as f32
 CTX_STEP = 256
 #: Sets of hosts that are looked at closely per plan. Beyond it, and beyond ``partition.WIDE``, the best plan
 #: found is taken and ``Plan.reason`` says how far from the best one it is at most.
-LOOKS = 64
+LOOKS = 16
+
+#: What is missing is told to this precision, rounded up.
+MISSING_STEP_BYTES = 1 << 20
 
 _MS = 1e3
 
@@ -149,8 +152,8 @@ class Plan:
 class TooBig:
     """That a model fits nowhere, and by how much."""
 
-    #: The least that makes it fit if the freest device gets it. More than ``needed - available`` where what
-    #: is free lies in pieces that no layer fits.
+    #: The least, in whole MiB, that makes it fit if the freest device gets it; more than needed - available
+    #: where what is free lies in pieces that no layer fits.
     missing_bytes: int
     needed_bytes: int  #: weights, KV cache and one device's buffers
     available_bytes: int
@@ -201,15 +204,26 @@ class _Task:
     parallel: int
     num_batch: int
     row: partition.Row = field(init=False)
+    #: Scratch memory of a device with layers; of the one with the output layer too; and of llama-server itself.
     buffer_bytes: int = field(init=False)
+    output_buffer_bytes: int = field(init=False)
+    input_buffer_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         shape = self.shape
         memory = [layer.weight_bytes + self.kv_bytes(layer) for layer in shape.layers]
         work = [layer.active_bytes + self._kv_read_bytes(layer) for layer in shape.layers]
-        object.__setattr__(self, "row", partition.Row(memory, work, shape.output_bytes))
-        buffer_bytes = compute_buffer_bytes(shape, self.num_ctx, self.num_batch)
-        object.__setattr__(self, "buffer_bytes", buffer_bytes)
+        size = shape, self.num_ctx, self.num_batch
+        # llama-server runs with --embeddings, so there are logits for each token of a batch.
+        output_buffer_bytes = compute_buffer_bytes(*size, output=True, embeddings=True)
+        more_bytes = output_buffer_bytes - (buffer_bytes := compute_buffer_bytes(*size))
+        for name, value in {
+            "row": partition.Row(memory, work, shape.output_bytes + more_bytes),
+            "buffer_bytes": buffer_bytes,
+            "output_buffer_bytes": output_buffer_bytes,
+            "input_buffer_bytes": input_buffer_bytes(*size),
+        }.items():
+            object.__setattr__(self, name, value)
 
     def kv_bytes(self, layer: LayerShape) -> int:
         return kv_bytes(layer, self.num_ctx, self.parallel, self.num_batch)
@@ -222,8 +236,13 @@ class _Task:
         return cells * layer.kv_bytes_per_cell + layer.state_bytes
 
     @property
+    def local_cpu_bytes(self) -> int:
+        """What lies in the coordinator's RAM whoever computes."""
+        return self.shape.embedding_bytes + self.input_buffer_bytes
+
+    @property
     def needed_bytes(self) -> int:
-        return self.row.total_bytes + self.shape.embedding_bytes + self.buffer_bytes
+        return self.row.total_bytes + self.buffer_bytes + self.local_cpu_bytes
 
     def slot(self, device: Device, link: Link | None) -> partition.Slot:
         """``device`` as the search sees it, behind ``link`` or on the coordinator itself."""
@@ -232,7 +251,7 @@ class _Task:
         output_ms = shape.output_bytes * ms_per_byte
         if link is None:
             local_cpu = device.kind == "cpu"
-            room_bytes -= shape.embedding_bytes if local_cpu else 0
+            room_bytes -= self.local_cpu_bytes if local_cpu else 0
             return partition.Slot(room_bytes, ms_per_byte, 0.0, output_ms, first=local_cpu)
         activations_ms = shape.embedding_length * ACTIVATION_BYTES / link.bytes_s * _MS
         logits_ms = shape.vocab * ACTIVATION_BYTES / link.bytes_s * _MS
@@ -378,16 +397,16 @@ class _Fleet:
         devices = [device for host in self.usable() for device in host.devices]
         freest = max(devices, key=lambda device: device.free_bytes)
 
-        def fits_with(extra_bytes: int) -> bool:
-            return self.with_more(freest, extra_bytes).fits(task)
+        def fits_with(steps: int) -> bool:
+            return self.with_more(freest, steps * MISSING_STEP_BYTES).fits(task)
 
         def fits_at(steps: int) -> bool:
             return self.fits(_Task(task.shape, steps * CTX_STEP, task.parallel, task.num_batch))
 
-        most = task.needed_bytes + max(-freest.free_bytes, 0)
+        most = (task.needed_bytes + max(-freest.free_bytes, 0)) // MISSING_STEP_BYTES + 1
         largest = _first(1, (task.num_ctx - 1) // CTX_STEP + 1, lambda steps: not fits_at(steps)) - 1
         return TooBig(
-            missing_bytes=_first(1, most, fits_with),
+            missing_bytes=_first(1, most, fits_with) * MISSING_STEP_BYTES,
             needed_bytes=task.needed_bytes,
             available_bytes=sum(
                 max(device.free_bytes, 0) for host in self.usable() for device in host.devices
@@ -436,7 +455,8 @@ def _plan(
                 output=output,
                 weight_bytes=weight_bytes + (shape.embedding_bytes if slot.first else 0),
                 kv_bytes=sum(task.kv_bytes(layer) for layer in layers),
-                buffer_bytes=task.buffer_bytes,
+                buffer_bytes=(task.output_buffer_bytes if output else task.buffer_bytes)
+                + (task.input_buffer_bytes if slot.first else 0),
                 ms=partition.price(row, slot, segment.first, segment.end) + (slot.output_ms if output else 0),
             )
         )
