@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"GGUF"
+DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 
 # Value type → struct code (docs/gguf.md, gguf_metadata_value_type).
@@ -68,6 +69,8 @@ class Header:
     size_bytes: int
     metadata: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
+    #: Where the weights begin; a tensor's offset counts from here.
+    data_offset_bytes: int = 0
 
     @property
     def architecture(self) -> str:
@@ -183,4 +186,6 @@ def _read(path: Path, data: mmap.mmap, keep_items: int) -> Header:
         name = cursor.string()
         shape = tuple(cursor.number(_U64) for _ in range(cursor.number(_U32)))
         tensors.append(Tensor(name, shape, cursor.number(_U32), cursor.number(_U64)))
-    return Header(path, len(data), metadata, tuple(tensors))
+    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    data_offset_bytes = -(-cursor.at // alignment) * alignment
+    return Header(path, len(data), metadata, tuple(tensors), data_offset_bytes)

@@ -6,8 +6,9 @@ import gguf
 import numpy
 import pytest
 
-from shard.gguf import GgufError, SkippedArray, read_header
+from shard.gguf import GgufError, Header, SkippedArray, read_header
 from shard.models import human_number, open_model
+from tests.shard import headers
 
 
 def write(path: Path, **more: str) -> Path:
@@ -48,6 +49,26 @@ def test_the_header_of_a_written_file(tmp_path: Path) -> None:
     assert model.capabilities == ["completion", "tools", "thinking"]
     assert model.launch({"num_ctx": 1, "num_thread": 0, "num_batch": 1, "num_gpu": -1}, parallel=1,
                         threads=1).chat_template is None  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [headers.LFM2_1_2B, headers.GPT_OSS_120B, headers.MAMBA_2_8B])
+def test_the_header_as_the_reference_reader_has_it(tmp_path: Path, model: headers.Model) -> None:
+    path = headers.write(tmp_path / "m.gguf", model, beside={"some.name": "ä", "some.flag": True}, tokens=300)
+    ours, theirs = read_header(path), gguf.GGUFReader(path)
+    fields = {key: field for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert dict(ours.metadata) == {key: field.contents() for key, field in fields.items()}
+    assert [
+        (t.name, t.shape, t.ggml_type, ours.data_offset_bytes + t.offset_bytes) for t in ours.tensors
+    ] == [(t.name, tuple(map(int, t.shape)), int(t.tensor_type), int(t.data_offset)) for t in theirs.tensors]
+
+
+def test_file_types_are_named_as_the_reference_names_them(tmp_path: Path) -> None:
+    named = {"ALL_F32": "F32", "MOSTLY_MXFP4_MOE": "MXFP4"}  # what Ollama prints for them
+    for kind in gguf.LlamaFileType:
+        if kind.name in ("MOSTLY_NVFP4", "MOSTLY_Q1_0", "GUESSED"):
+            continue
+        header = Header(tmp_path, 0, {"general.file_type": int(kind)}, ())
+        assert header.quantisation == named.get(kind.name, kind.name.removeprefix("MOSTLY_"))
 
 
 def test_every_cut_of_a_file_is_one_clear_error(tmp_path: Path) -> None:
