@@ -29,6 +29,7 @@ from shard.capabilities import capabilities
 from shard.chat_template import DEFAULT_TEMPLATE, Rendering, choose
 from shard.gguf import GgufError, Header, SkippedArray, read_header
 from shard.llama_server import PLAIN_TEMPLATE, Launch
+from shard.loadable import refusal
 from shard.translate import Refusal
 
 log = logging.getLogger(__name__)
@@ -197,17 +198,18 @@ class Models:
         self,
         served: Iterable[ServedModel],
         store: Path | None = None,
-        refusal: Callable[[Header], str | None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._given = {model.key: model for model in served}
         self._by_key = dict(self._given)
-        self._shelf = None if store is None else Shelf(store, refusal)
+        self._shelf = None if store is None else Shelf(store)
         self._clock = clock
         self._scanned_at_s = -RESCAN_INTERVAL_S
         self._scanning = asyncio.Lock()
         #: Why the models that are not listed are not, by the names that Ollama shows.
         self.unservable: Mapping[str, str] = {}
+        #: Why nothing of the store is listed, None while it can be read.
+        self.unreadable: str | None = None
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(sorted(self._by_key.values(), key=lambda model: model.modified_at, reverse=True))
@@ -220,7 +222,15 @@ class Models:
             if self._clock() - self._scanned_at_s < RESCAN_INTERVAL_S:
                 return
             # A header takes up to 0.3 s to read: not on the loop.
-            served, self.unservable = await asyncio.to_thread(self._shelf.scan)
+            served: list[ServedModel] = []
+            unreadable = None
+            try:
+                served, self.unservable = await asyncio.to_thread(self._shelf.scan)
+            except NotStored as error:
+                self.unservable, unreadable = {}, str(error)
+            if unreadable is not None and unreadable != self.unreadable:
+                log.error("%s", unreadable)
+            self.unreadable = unreadable
             self._by_key = {model.key: model for model in served} | self._given
             self._scanned_at_s = self._clock()
 
@@ -241,31 +251,30 @@ class Models:
         for name, sentence in self.unservable.items():
             if name.lower() == shown.lower():
                 raise Refusal(400, sentence)
+        if self.unreadable is not None:
+            raise Refusal(500, self.unreadable)
         raise Refusal(404, not_found.format(asked))
 
 
 class Shelf:
     """A store's models, read again only where files have changed. Everything here blocks."""
 
-    def __init__(self, root: Path, refusal: Callable[[Header], str | None]) -> None:
+    def __init__(self, root: Path) -> None:
         self._root = root
-        self._refusal = refusal
         self._stored: dict[Stamp, StoredModel] = {}
         self._headers: dict[Stamp, Header] = {}
         self._served: dict[tuple[str, Stamp, Stamp], ServedModel] = {}
 
     def scan(self) -> tuple[list[ServedModel], dict[str, str]]:
-        """Return what can be served, and by name why the rest cannot."""
+        """Return what can be served, and by name why the rest cannot.
+
+        Raises NotStored if the store cannot be read.
+        """
         found: list[ServedModel] = []
         unservable: dict[str, str] = {}
         before = self._stored, self._headers, self._served
         self._stored, self._headers, self._served = {}, {}, {}
-        try:
-            manifests = storage.manifests(self._root)
-        except NotStored as error:
-            log.error("%s", error)
-            return [], {}
-        for name, path in manifests.items():
+        for name, path in storage.manifests(self._root).items():
             try:
                 found.append(self._model(name, path, *before))
             except (NotStored, GgufError) as error:
@@ -287,7 +296,7 @@ class Shelf:
         blob_stamp = _stamp(name, blob)
         header = self._headers.get(blob_stamp) or headers_before.get(blob_stamp) or read_header(blob)
         self._headers[blob_stamp] = header
-        if (sentence := self._refusal(header)) is not None:
+        if (sentence := refusal(header)) is not None:
             raise NotStored(f"{name}: {sentence}")
         key = (name, stamp, blob_stamp)
         model = self._served[key] = served_before.get(key) or from_store(stored, header)

@@ -32,8 +32,8 @@ def now() -> list[float]:
     return [100.0]
 
 
-def serving(store: Store, now: list[float], **more: Any) -> Models:
-    return Models([], store.root, clock=lambda: now[0], **more)
+def serving(store: Store, now: list[float]) -> Models:
+    return Models([], store.root, clock=lambda: now[0])
 
 
 def sha256(path: Path) -> str:
@@ -268,9 +268,7 @@ async def test_what_cannot_be_served_is_not_listed_and_says_why(store: Store, no
     store.write_raw("broken", b"{")
     store.write("odd", [store.file("model", a_gguf(store, "odd", architecture="odd"))])
 
-    models = serving(
-        store, now, refusal=lambda header: "odd is odd" if header.architecture == "odd" else None
-    )
+    models = serving(store, now)
     await models.refresh()
     assert [model.name for model in models] == ["good:latest"]
     expected = {
@@ -280,7 +278,7 @@ async def test_what_cannot_be_served_is_not_listed_and_says_why(store: Store, no
         "gone": "is missing; pull it again",
         "text": "is not a GGUF file",
         "broken": "its manifest is no JSON object",
-        "odd": "odd:latest: odd is odd",
+        "odd": "does not know the architecture odd",
     }
     for name, sentence in expected.items():
         with pytest.raises(Refusal) as refused:
@@ -311,6 +309,32 @@ async def test_a_store_that_is_not_there_serves_what_was_given(tmp_path: Path) -
     models = Models([given], tmp_path / "nowhere")
     await models.refresh()
     assert [model.name for model in models] == ["mine:latest"]
+
+
+async def test_a_store_that_cannot_be_read_says_so(
+    store: Store, tmp_path: Path, now: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    given = open_model("mine", a_gguf(store), tmp_path / "state")
+    store.write("theirs", [store.file("model", a_gguf(store))])
+    models = Models([given], store.root, clock=lambda: now[0])
+    await models.refresh()
+    assert len(list(models)) == 2
+    manifests = store.root / "manifests"
+    manifests.rename(tmp_path / "aside")
+    manifests.symlink_to(manifests)  # a link to itself: as unreadable to root as to anybody
+    for _ in range(2):
+        now[0] += 1
+        await models.refresh()
+    assert list(models) == [given]
+    with pytest.raises(Refusal, match=r"the store .* cannot be read") as refused:
+        models.find("theirs")
+    assert refused.value.status == 500
+    assert len(caplog.records) == 1
+    manifests.unlink()
+    (tmp_path / "aside").rename(manifests)
+    now[0] += 1
+    await models.refresh()
+    assert models.find("theirs").name == "theirs:latest"
 
 
 def test_a_modelfiles_messages_and_system_come_first(store: Store) -> None:
