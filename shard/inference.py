@@ -1,9 +1,16 @@
-"""``/api/generate``, ``/api/chat``, ``/api/embed`` and ``/api/embeddings`` on a real llama-server."""
+"""``/api/generate``, ``/api/chat``, ``/api/embed`` and ``/api/embeddings`` on a real llama-server.
+
+A model with a TEMPLATE gets its prompts from :mod:`shard.chat_template`, any other from llama-server's own
+jinja engine (``ServedModel.rendering`` says which and why). A handler keeps nothing outside of the request
+and sends nothing before the model's first piece, so that it can be run again; only how a load goes on is
+told before.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -11,14 +18,19 @@ import orjson
 from aiohttp import web
 
 from agent.ollama import names
+from agent.report import ShardLoad
+from shard.chat_template import ChatTemplate, chat_template
+from shard.go_template import TemplateError, Unsupported
 from shard.llama_server import LlamaServer
 from shard.models import ServedModel
-from shard.node import NODE, UPSTREAM_ERRORS, json_answer, keep_alive_of, now, options_of, read_body
+from shard.node import NODE, STARTED, UPSTREAM_ERRORS, json_answer, keep_alive_of, now, options_of, read_body
+from shard.prompts import Prompt, fitted, multimodal, tokens_of, whole
 from shard.replies import (
     CUT_STREAM,
     ChatReply,
     CompletionReply,
     Piece,
+    RenderedReply,
     Reply,
     SseReader,
     UpstreamError,
@@ -28,6 +40,8 @@ from shard.replies import (
     statistics,
 )
 from shard.runners import Runner
+from shard.thinking import ThinkingParser, without_thinking
+from shard.tool_calls import ToolCallParser, preserved_tokens
 from shard.translate import (
     Refusal,
     chat_body,
@@ -35,44 +49,52 @@ from shard.translate import (
     embed_inputs,
     generate_messages,
     infill_body,
-    oldest_to_drop,
-    render_template,
+    messages_of,
     shorten,
     surely_fits,
+    think_of,
 )
 
 Shape = Callable[[str, str, Piece], dict[str, Any]]
+Message = Mapping[str, Any]
 
 # What an unanswered embedding says when its text is too long (llama.cpp, tools/server).
-_TOO_LONG = ("too large", "exceed", "context size")
+_TOO_LONG = ("too large", "exceed", "context size", "context length")
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
     """POST /api/chat."""
-    started = time.monotonic_ns()
+    answer = _Answer(request, chat_object)
     node, ask = request.app[NODE], await read_body(request)
     model = node.models.find(ask.get("model"))
-    if not ask.get("messages") and keep_alive_of(ask) == 0:
+    asked = messages_of(ask)
+    if not asked and keep_alive_of(ask) == 0:
         return await _unload(request, ask, model, chat_object)
-    images = _has_images(ask.get("messages") or ())
-    ask = _checked(model, ask, "chat", tools=bool(ask.get("tools")), images=images)
+    images = any(message.get("images") for message in asked)
+    ask = answer.ask = _checked(model, ask, "chat", tools=bool(ask.get("tools")), images=images)
     options = options_of(ask, model)
-    body = chat_body(ask, options)
-    async with node.lease(model, ask, options) as runner:
-        load_ns = time.monotonic_ns() - started
-        if not body["messages"]:
-            return json_answer(_lifecycle(ask, chat_object, "load"))
+    messages = _conversation(model, asked)
+    chat_body(ask, options)  # refuses what is malformed before a model is loaded for it
+    async with node.lease(model, ask, options, answer.tell) as runner:
+        answer.loaded()
+        if not asked:
+            return await answer.lifecycle("load")
         async with runner.slots:
-            if ask.get("truncate") is not False:
-                body["messages"] = await _fitting(runner.server, body, options["num_ctx"])
+            if (template := model.rendering.template) is not None:
+                return await _chat_rendered(answer, runner, template, messages, options)
+            if ask.get("truncate") is not False and not surely_fits(messages, options["num_ctx"]):
+                render = _jinja(runner.server, ask, options)
+                messages = list((await fitted(runner.server, messages, render, options["num_ctx"])).messages)
+            body = chat_body(dict(ask) | {"messages": messages}, options)
+            if ask.get("_debug_render_only"):
+                return await answer.rendered(await _jinja(runner.server, ask, options)(messages), messages)
             reply = ChatReply(top_logprobs=bool(ask.get("top_logprobs")))
-            answer = _Answer(request, ask, chat_object, started, load_ns)
             return await answer.relay(runner, "/v1/chat/completions", body, reply)
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """POST /api/generate."""
-    started = time.monotonic_ns()
+    answer = _Answer(request, generate_object)
     node, ask = request.app[NODE], await read_body(request)
     model = node.models.find(ask.get("model"))
     if not ask.get("prompt") and keep_alive_of(ask) == 0:
@@ -80,32 +102,182 @@ async def generate(request: web.Request) -> web.StreamResponse:
     if ask.get("raw") and any(ask.get(field) for field in ("template", "system", "context")):
         raise Refusal(400, "raw mode does not support template, system, or context")
     ask = _checked(model, ask, "generate", suffix=bool(ask.get("suffix")), images=bool(ask.get("images")))
+    answer.ask = ask
     options = options_of(ask, model)
-    reply: Reply = CompletionReply(top_logprobs=bool(ask.get("top_logprobs")))
-    async with node.lease(model, ask, options) as runner:
-        answer = _Answer(request, ask, generate_object, started, time.monotonic_ns() - started)
-        if not ask.get("prompt") and not ask.get("suffix"):
-            return json_answer(_lifecycle(ask, generate_object, "load"))
+    completion_body(ask, options, "")  # refuses what is malformed before a model is loaded for it
+    own_template = _parsed(ask["template"]) if ask.get("template") else None
+    async with node.lease(model, ask, options, answer.tell) as runner:
+        answer.loaded()
+        if not ask.get("prompt"):
+            return await answer.lifecycle("load")
         async with runner.slots:
-            if ask.get("suffix"):
+            template = own_template or model.rendering.template
+            if ask.get("suffix") and (template is None or "suffix" not in template.variables):
+                reply = CompletionReply(top_logprobs=bool(ask.get("top_logprobs")))
                 return await answer.relay(runner, "/infill", infill_body(ask, options), reply)
-            if ask.get("raw"):
-                body = completion_body(ask, options, ask["prompt"])
-                return await answer.relay(runner, "/completion", body, reply)
-            if "thinking" in model.capabilities:
-                # Only the chat route separates thinking from the answer.
-                reply = ChatReply(top_logprobs=bool(ask.get("top_logprobs")))
-                body = chat_body(ask | {"messages": generate_messages(ask)}, options)
-                return await answer.relay(runner, "/v1/chat/completions", body, reply)
-            prompt = await _prompt_ids(runner.server, ask)
-            if len(prompt) >= options["num_ctx"]:
-                raise Refusal(
-                    400,
-                    f"the prompt has {len(prompt)} tokens, longer than the context length of "
-                    f"{options['num_ctx']}; shorten it or raise num_ctx",
-                )
-            answer.context = prompt
-            return await answer.relay(runner, "/completion", completion_body(ask, options, prompt), reply)
+            needs_chat = "thinking" in model.capabilities or ask.get("images")
+            if template is None and not ask.get("raw") and needs_chat:
+                # Only the chat route separates thinking from the answer and takes images to their places.
+                return await _generate_chat(answer, runner, model, options)
+            return await _generate_rendered(answer, runner, model, template, options)
+
+
+async def _chat_rendered(
+    answer: _Answer,
+    runner: Runner,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+) -> web.StreamResponse:
+    ask, server = answer.ask, runner.server
+    think, tools = think_of(ask), ask.get("tools") or ()
+
+    async def render(conversation: Sequence[Message]) -> str:
+        return _filled(lambda: template.render(conversation, tools=tools, think=think))
+
+    async def body_for(
+        conversation: Sequence[Message], *, constrained: bool
+    ) -> tuple[Prompt, dict[str, Any]]:
+        truncate = ask.get("truncate") is not False
+        prompt = await fitted(server, conversation, render, options["num_ctx"], truncate=truncate)
+        field = await _prompt_field(server, prompt, render, ask, options, truncate=truncate)
+        asked = ask if constrained else {**ask, "format": None}
+        body = completion_body(asked, options, field)
+        if tools:
+            body["preserved_tokens"] = preserved_tokens(template.tool_tag)
+        return prompt, body
+
+    tags = template.thinking_tags if think else None
+    # A model that thinks first answers in the format only once it has thought: two runs, one answer.
+    constrain = tags is not None and ask.get("format") not in (None, "")
+    prompt, body = await body_for(messages, constrained=not constrain)
+    if ask.get("_debug_render_only"):
+        return await answer.rendered(prompt.text, messages)
+    reply = RenderedReply(
+        thinking=_thinking_parser(tags, prompt.text),
+        tools=ToolCallParser(template.tool_tag, tools) if tools else None,
+        top_logprobs=bool(ask.get("top_logprobs")),
+        constrain=constrain,
+    )
+
+    async def again() -> dict[str, Any]:
+        thought = {"role": "assistant", "content": "", "thinking": reply.thought}
+        _, body = await body_for([*messages, thought], constrained=True)
+        reply.resume()
+        return body
+
+    return await answer.relay(runner, "/completion", body, reply, again)
+
+
+async def _generate_chat(
+    answer: _Answer, runner: Runner, model: ServedModel, options: Mapping[str, Any]
+) -> web.StreamResponse:
+    ask = answer.ask
+    messages: Sequence[Message] = generate_messages(ask, model.system, model.messages)
+    render = _jinja(runner.server, ask, options)
+    if ask.get("truncate") is not False and not surely_fits(messages, options["num_ctx"]):
+        messages = (await fitted(runner.server, messages, render, options["num_ctx"])).messages
+    if ask.get("_debug_render_only"):
+        return await answer.rendered(await render(messages), messages)
+    reply = ChatReply(top_logprobs=bool(ask.get("top_logprobs")))
+    body = chat_body({**ask, "messages": list(messages)}, options)
+    return await answer.relay(runner, "/v1/chat/completions", body, reply)
+
+
+async def _generate_rendered(
+    answer: _Answer,
+    runner: Runner,
+    model: ServedModel,
+    template: ChatTemplate | None,
+    options: Mapping[str, Any],
+) -> web.StreamResponse:
+    ask, server = answer.ask, runner.server
+    think = think_of(ask)
+    truncate = ask.get("truncate") is not False
+    messages: Sequence[Message] = generate_messages(ask, model.system, model.messages)
+
+    async def render(conversation: Sequence[Message]) -> str:
+        if ask.get("raw"):
+            return str(conversation[-1].get("content") or "")
+        if template is None:
+            return await _jinja(server, ask, options)(conversation)
+        if ask.get("suffix"):
+            return _filled(lambda: template.render_infill(ask["prompt"], ask["suffix"], think=think))
+        return _filled(lambda: template.render(conversation, think=think))
+
+    # Only a conversation of the model's own template gives way to the context, message by message.
+    shrinks = truncate and not any(ask.get(field) for field in ("raw", "suffix", "template"))
+    before = list(ask.get("context") or ())
+    prompt = await fitted(server, messages, render, options["num_ctx"], truncate=shrinks, before=before)
+    if ask.get("_debug_render_only"):
+        return await answer.rendered(prompt.text, messages)
+    field = await _prompt_field(server, prompt, render, ask, options, truncate=truncate)
+    if not ask.get("raw"):
+        answer.context = prompt.ids
+    own = model.rendering.template
+    tags = own.thinking_tags if own is not None and think and not ask.get("raw") else None
+    reply = RenderedReply(
+        thinking=_thinking_parser(tags, prompt.text), top_logprobs=bool(ask.get("top_logprobs"))
+    )
+    return await answer.relay(runner, "/completion", completion_body(ask, options, field), reply)
+
+
+async def _prompt_field(
+    server: LlamaServer,
+    prompt: Prompt,
+    render: Callable[[Sequence[Message]], Awaitable[str]],
+    ask: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    truncate: bool,
+) -> list[int] | dict[str, Any]:
+    """Return what goes to llama-server as the prompt: tokens, cut if need be, or text with images."""
+    if any(message.get("images") for message in prompt.messages):
+        return await multimodal(server, prompt.messages, render)
+    if not truncate:
+        return prompt.ids
+    return prompt.cut(options["num_ctx"], options["num_keep"], shift=ask.get("shift") is not False)
+
+
+def _jinja(
+    server: LlamaServer, ask: Mapping[str, Any], options: Mapping[str, Any]
+) -> Callable[[Sequence[Message]], Awaitable[str]]:
+    """Return what renders a conversation with the GGUF's own template."""
+
+    async def render(conversation: Sequence[Message]) -> str:
+        body = chat_body({**ask, "messages": list(conversation)}, options)
+        return str((await whole(server, "/apply-template", body))["prompt"])
+
+    return render
+
+
+def _conversation(model: ServedModel, asked: Sequence[Message]) -> list[Message]:
+    messages = model.with_defaults(asked)
+    qwen3 = model.config.get("model_family") == "qwen3" or names.parse(model.name).model == "deepseek-r1"
+    return [*without_thinking(messages)] if qwen3 else messages
+
+
+def _thinking_parser(tags: tuple[str, str] | None, prompt: str) -> ThinkingParser | None:
+    if tags is None:
+        return None
+    parser = ThinkingParser(*tags)
+    if prompt.strip().endswith(tags[0]):
+        parser.add(tags[0])  # the template has opened the thinking already
+    return parser
+
+
+def _parsed(source: Any) -> ChatTemplate:
+    try:
+        return chat_template(str(source))
+    except Unsupported as error:
+        raise Refusal(400, str(error)) from error
+
+
+def _filled(render: Callable[[], str]) -> str:
+    try:
+        return render()
+    except TemplateError as error:
+        raise Refusal(500, f"template: {error}") from error
 
 
 async def embed(request: web.Request) -> web.StreamResponse:
@@ -140,52 +312,84 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
             return json_answer({"embedding": []})
         async with runner.slots:
             body = {"input": ask["prompt"], "embd_normalize": -1}
-            answer = await _whole(runner.server, "/v1/embeddings", body)
+            answer = await whole(runner.server, "/v1/embeddings", body)
     return json_answer({"embedding": answer["data"][0]["embedding"]})
 
 
 class _Answer:
     """One generation on its way to the client, streamed or gathered."""
 
-    def __init__(
-        self, request: web.Request, ask: Mapping[str, Any], shape: Shape, started: int, load_ns: int
-    ) -> None:
+    def __init__(self, request: web.Request, shape: Shape) -> None:
         self.request = request
-        self.ask = ask
         self.shape = shape
-        self.started = started
-        self.load_ns = load_ns
+        self.ask: Mapping[str, Any] = {}
         self.context: list[int] | None = None
+        self._started_ns = time.monotonic_ns()
+        self._load_ns = 0
+
+    def loaded(self) -> None:
+        """Note that the model is there: the wait so far is the answer's ``load_duration``."""
+        self._load_ns = time.monotonic_ns() - self._started_ns
+
+    async def tell(self, load: ShardLoad) -> None:
+        """Tell a client that streams how far the load is, in a line that adds nothing to the answer."""
+        if self.ask.get("stream") is False:
+            return
+        line = self._object(Piece()) | {"_sollol": {"load": load.model_dump(exclude={"plan"})}}
+        response = self.request[STARTED] = await self._response()
+        await self._write(response, line)
+
+    async def lifecycle(self, reason: str) -> web.StreamResponse:
+        """Return the answer to a request that asks nothing."""
+        return await self._only(self._object(Piece()) | {"done": True, "done_reason": reason})
+
+    async def rendered(self, prompt: str, messages: Sequence[Message]) -> web.StreamResponse:
+        """Return the answer to a request that only wants to see its prompt."""
+        images = sum(len(message.get("images") or ()) for message in messages)
+        info = {"rendered_template": prompt, "image_count": images}
+        return await self._only(self._object(Piece()) | {"_debug_info": info})
 
     async def relay(
-        self, runner: Runner, path: str, body: Mapping[str, Any], reply: Reply
+        self,
+        runner: Runner,
+        path: str,
+        body: Mapping[str, Any],
+        reply: Reply,
+        again: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> web.StreamResponse:
-        """Return the client's response, complete. Raises what may still be answered with a status."""
-        server = runner.server
-        async with server.request("POST", path, body) as upstream:
-            await _refuse_errors(server, upstream)
-            lines = self._lines(server, upstream, reply)
+        """Return the client's response, complete. Raises what may still be answered with a status.
+
+        Where ``reply`` interrupts the run, another one goes on with the body that ``again`` returns.
+        """
+        async with contextlib.aclosing(self._lines(runner.server, path, body, reply, again)) as lines:
             if self.ask.get("stream") is False:
                 return json_answer(self._gathered([line async for line in lines]))
             return await self._stream(lines)
 
     async def _lines(
-        self, server: LlamaServer, upstream: aiohttp.ClientResponse, reply: Reply
-    ) -> AsyncIterator[dict[str, Any]]:
-        reader, tokens, model = SseReader(), [], self.ask["model"]
-        async for chunk in server.chunks(upstream):
-            for event in reader.feed(chunk):
-                piece = reply.take(event)
-                if piece is None:
-                    continue
+        self,
+        server: LlamaServer,
+        path: str,
+        body: Mapping[str, Any],
+        reply: Reply,
+        again: Callable[[], Awaitable[Mapping[str, Any]]] | None,
+    ) -> AsyncGenerator[dict[str, Any]]:
+        tokens: list[int] = []
+        async with contextlib.aclosing(_pieces(server, path, body, reply)) as pieces:
+            async for piece in pieces:
                 tokens += piece.tokens
                 # Half of a character that spans tokens has no text of its own yet.
                 if piece.content or piece.thinking or piece.tool_calls or piece.logprobs:
-                    yield self.shape(model, now(), piece)
+                    yield self._object(piece)
+        if again is not None and isinstance(reply, RenderedReply) and reply.interrupted:
+            async with contextlib.aclosing(self._lines(server, path, await again(), reply, None)) as lines:
+                async for line in lines:
+                    yield line
+            return
         if reply.final is None:
             raise UpstreamError(CUT_STREAM)
-        last = self.shape(model, now(), Piece())
-        last |= statistics(reply.final, time.monotonic_ns() - self.started, self.load_ns)
+        last = self._object(Piece())
+        last |= statistics(reply.final, time.monotonic_ns() - self._started_ns, self._load_ns)
         if self.context is not None:
             last["context"] = [*self.context, *tokens]
         yield last
@@ -193,16 +397,40 @@ class _Answer:
     async def _stream(self, lines: AsyncIterator[dict[str, Any]]) -> web.StreamResponse:
         # The first line is awaited before the headers go out, so that errors until then keep their status.
         line = await anext(lines)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(self.request)
-        await response.write(orjson.dumps(line) + b"\n")
+        response = await self._response()
+        await self._write(response, line)
         try:
             async for line in lines:
-                await response.write(orjson.dumps(line) + b"\n")
+                await self._write(response, line)
         except UPSTREAM_ERRORS as error:
-            await response.write(orjson.dumps({"error": str(error)}) + b"\n")
+            await self._write(response, {"error": str(error)})
+        except Refusal as refusal:
+            await self._write(response, {"error": refusal.message})
         await response.write_eof()
         return response
+
+    async def _response(self) -> web.StreamResponse:
+        """Return the stream to the client, begun if it was not."""
+        response: web.StreamResponse | None = self.request.get(STARTED)
+        if response is None:
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await response.prepare(self.request)
+        return response
+
+    @staticmethod
+    async def _write(response: web.StreamResponse, line: Mapping[str, Any]) -> None:
+        await response.write(orjson.dumps(line) + b"\n")
+
+    async def _only(self, line: dict[str, Any]) -> web.StreamResponse:
+        if self.request.get(STARTED) is None:
+            return json_answer(line)
+        response = await self._response()
+        await self._write(response, line)
+        await response.write_eof()
+        return response
+
+    def _object(self, piece: Piece) -> dict[str, Any]:
+        return self.shape(self.ask["model"], now(), piece)
 
     def _gathered(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         whole = Piece()
@@ -213,6 +441,20 @@ class _Answer:
             whole.tool_calls += part.get("tool_calls", [])
             whole.logprobs += line.get("logprobs", [])
         return lines[-1] | self.shape(self.ask["model"], lines[-1]["created_at"], whole) | {"done": True}
+
+
+async def _pieces(
+    server: LlamaServer, path: str, body: Mapping[str, Any], reply: Reply
+) -> AsyncGenerator[Piece]:
+    reader = SseReader()
+    async with server.request("POST", path, body) as upstream:
+        await _refuse_errors(server, upstream)
+        async for chunk in server.chunks(upstream):
+            for event in reader.feed(chunk):
+                if (piece := reply.take(event)) is not None:
+                    yield piece
+                if isinstance(reply, RenderedReply) and reply.interrupted:
+                    return
 
 
 def _checked(
@@ -230,7 +472,7 @@ def _checked(
         if needed and capability not in model.capabilities:
             # Ollama names the model in full here.
             raise Refusal(400, f"{names.parse(model.name)} does not support {capability}")
-    if images:
+    if images and model.projector is None:
         raise Refusal(400, "this model is missing data required for image input")
     if "thinking" in model.capabilities:
         return {"think": True} | ask if ask.get("think") is None else ask
@@ -239,19 +481,11 @@ def _checked(
     return {key: value for key, value in ask.items() if key != "think"}
 
 
-def _has_images(messages: Sequence[Any]) -> bool:
-    return any(isinstance(message, Mapping) and message.get("images") for message in messages)
-
-
-def _lifecycle(ask: Mapping[str, Any], shape: Shape, reason: str) -> dict[str, Any]:
-    return shape(ask["model"], now(), Piece()) | {"done": True, "done_reason": reason}
-
-
 async def _unload(
     request: web.Request, ask: Mapping[str, Any], model: ServedModel, shape: Shape
 ) -> web.Response:
     await request.app[NODE].runners.unload(model)
-    return json_answer(_lifecycle(ask, shape, "unload"))
+    return json_answer(shape(ask["model"], now(), Piece()) | {"done": True, "done_reason": "unload"})
 
 
 async def _refuse_errors(server: LlamaServer, upstream: aiohttp.ClientResponse) -> None:
@@ -260,45 +494,12 @@ async def _refuse_errors(server: LlamaServer, upstream: aiohttp.ClientResponse) 
         raise Refusal(upstream.status, error_message(body))
 
 
-async def _whole(server: LlamaServer, path: str, body: Mapping[str, Any]) -> Any:
-    status, raw = await server.post(path, body)
-    if status >= 400:
-        raise Refusal(status, error_message(raw))
-    return orjson.loads(raw)
-
-
-async def _tokens(server: LlamaServer, text: str, *, add_special: bool) -> list[int]:
-    answer = await _whole(server, "/tokenize", {"content": text, "add_special": add_special})
-    return list(answer["tokens"])
-
-
-async def _prompt_ids(server: LlamaServer, ask: Mapping[str, Any]) -> list[int]:
-    # As ids, so that the next request's ``context`` goes on with exactly these and hits the prefix cache.
-    if ask.get("template"):
-        text = render_template(ask["template"], system=ask.get("system") or "", prompt=ask["prompt"])
-    else:
-        rendered = await _whole(server, "/apply-template", {"messages": generate_messages(ask)})
-        text = rendered["prompt"]
-    before = list(ask.get("context") or ())
-    return before + await _tokens(server, text, add_special=not before)
-
-
-async def _fitting(server: LlamaServer, body: Mapping[str, Any], num_ctx: int) -> list[dict[str, Any]]:
-    messages = list(body["messages"])
-    while not surely_fits(messages, num_ctx) and (oldest := oldest_to_drop(messages)) is not None:
-        rendered = await _whole(server, "/apply-template", dict(body) | {"messages": messages})
-        if len(await _tokens(server, rendered["prompt"], add_special=True)) < num_ctx:
-            break
-        del messages[oldest]
-    return messages
-
-
 async def _embeddings(
     runner: Runner, inputs: Sequence[str], *, truncate: bool
 ) -> tuple[list[list[float]], int]:
     server = runner.server
     try:
-        answer = await _whole(server, "/v1/embeddings", {"input": inputs})
+        answer = await whole(server, "/v1/embeddings", {"input": inputs})
     except Refusal as refusal:
         if not any(sign in refusal.message for sign in _TOO_LONG):
             raise
@@ -307,6 +508,6 @@ async def _embeddings(
         # A model that does not attend causally must see a text in one batch, others may take several.
         launch = runner.launch
         limit = (launch.num_batch if "batch" in refusal.message else launch.num_ctx) - 1
-        cut = [(await _tokens(server, text, add_special=True))[:limit] for text in inputs]
-        answer = await _whole(server, "/v1/embeddings", {"input": cut})
+        cut = [(await tokens_of(server, text))[:limit] for text in inputs]
+        answer = await whole(server, "/v1/embeddings", {"input": cut})
     return [row["embedding"] for row in answer["data"]], answer["usage"]["prompt_tokens"]

@@ -120,7 +120,7 @@ def options_of(ask: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise Refusal(400, "options must be an object")
     try:
-        return resolve(given, model.header.context_length)
+        return resolve(model.effective_options(given), model.header.context_length)
     except ValueError as error:
         raise Refusal(400, str(error)) from error
 

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import orjson
 
+from shard.thinking import ThinkingParser
+from shard.tool_calls import ToolCallParser
+
 NS_PER_MS = 1_000_000
 
 CUT_STREAM = "an error was encountered while running the model: unexpected EOF"
@@ -75,7 +78,9 @@ class Final:
 class Reply(Protocol):
     """Takes the events of one answer in order; ``final`` is None until the answer is complete."""
 
-    final: Final | None
+    @property
+    def final(self) -> Final | None:
+        """How the answer ended."""
 
     def take(self, event: Mapping[str, Any]) -> Piece | None:
         """Return what ``event`` adds, None if nothing; raises UpstreamError for broken tool arguments."""
@@ -153,6 +158,65 @@ class CompletionReply:
             reason = "length" if event.get("stop_type") == "limit" else "stop"
             self.final = Final(reason, event.get("timings") or {})
         return piece if piece.content or piece.logprobs or piece.tokens else None
+
+
+class RenderedReply:
+    """Events of ``/completion`` for a prompt made here: thinking and tool calls are found in the text.
+
+    With ``constrain`` the answer is to be of a format that the thinking before it is not: ``interrupted``
+    turns true at the first text after the thinking, and :meth:`resume` takes the events of the run that
+    goes on from ``thought`` under the format.
+    """
+
+    def __init__(
+        self,
+        *,
+        thinking: ThinkingParser | None = None,
+        tools: ToolCallParser | None = None,
+        top_logprobs: bool = False,
+        constrain: bool = False,
+    ) -> None:
+        self._inner = CompletionReply(top_logprobs=top_logprobs)
+        self._top = top_logprobs
+        self._thinking = thinking
+        self._tools = tools
+        self._constrain = constrain and thinking is not None
+        self.thought = ""
+        self.interrupted = False
+
+    @property
+    def final(self) -> Final | None:
+        """How the answer ended."""
+        return None if self.interrupted else self._inner.final
+
+    def take(self, event: Mapping[str, Any]) -> Piece | None:
+        """Return what ``event`` adds; see :class:`Reply`."""
+        piece = self._inner.take(event) or Piece()
+        ended = self._inner.final is not None
+        text, piece.content = piece.content, ""
+        if self._thinking is None:
+            piece.content = text
+        else:
+            piece.thinking, piece.content = self._thinking.add(text)
+            if ended:
+                thinking, content = self._thinking.rest()
+                piece.thinking += thinking
+                piece.content += content
+        self.thought += piece.thinking
+        if self._constrain and self.thought and piece.content:
+            self.interrupted = True
+            return Piece(thinking=piece.thinking) if piece.thinking else None
+        if self._tools is not None:
+            piece.tool_calls, piece.content = self._tools.add(piece.content)
+            if ended:
+                piece.content += self._tools.rest()
+        empty = not (piece.content or piece.thinking or piece.tool_calls or piece.logprobs or piece.tokens)
+        return None if empty else piece
+
+    def resume(self) -> None:
+        """Go on with the events of another run, which says nothing but the answer."""
+        self._inner = CompletionReply(top_logprobs=self._top)
+        self._thinking, self._constrain, self.interrupted = None, False, False
 
 
 def logprobs(given: list[dict[str, Any]] | None, with_top: bool) -> list[dict[str, Any]]:

@@ -10,13 +10,22 @@ import base64
 import binascii
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shard.options import sampling_fields
 
 MAX_TOP_LOGPROBS = 20
+
+# What an image is taken to cost while a conversation is cut to the context (server/prompt.go).
+IMAGE_TOKENS = 768
+
+THINK_LEVELS = ("high", "medium", "low", "max")
+
+TOO_LONG = (
+    "the prompt is longer than the context length currently available to the model; shorten the prompt, "
+    "adjust the context length in settings, or use a model with a longer context length"
+)
 
 
 class Refusal(Exception):
@@ -34,8 +43,9 @@ _IMAGE_MAGIC = {
     b"\xff\xd8\xff": "image/jpeg",
     b"GIF8": "image/gif",
     b"BM": "image/bmp",
-    b"RIFF": "image/webp",
 }
+# What the first 12 bytes of sound hold (llm/media.go), and llama-server's name for it.
+_AUDIO_MAGIC = {b"WAVE": "wav", b"ID3": "mp3"}
 
 
 def chat_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +53,8 @@ def chat_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
 
     ``options`` is what :func:`shard.options.resolve` returned. The upstream call always streams.
     """
-    messages = request.get("messages") or []
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise Refusal(400, "messages must be a list of objects")
     body = sampling_fields(options) | {
-        "messages": [_message(message) for message in messages],
+        "messages": [_message(message) for message in messages_of(request)],
         "stream": True,
         "cache_prompt": True,
     }
@@ -55,8 +62,9 @@ def chat_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
         body["tools"] = tools
     if (top := _top_logprobs(request)) is not None:
         body |= {"logprobs": True, "top_logprobs": max(top, 1)}
-    if (think := request.get("think")) is not None:
-        body["chat_template_kwargs"] = _think(think)
+    if (think := think_of(request)) is not None:
+        level = {"reasoning_effort": think} if isinstance(think, str) else {}
+        body["chat_template_kwargs"] = {"enable_thinking": bool(think)} | level
     if (schema := _format(request.get("format"))) is not None:
         body["response_format"] = (
             {"type": "json_object"}
@@ -66,22 +74,35 @@ def chat_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return body
 
 
-def generate_messages(request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the conversation that a non-raw ``/api/generate`` stands for: its system text and prompt."""
-    system = request.get("system")
-    messages = [{"role": "system", "content": system}] if system else []
+def messages_of(request: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the messages of an ``/api/chat`` request. Raises Refusal if they are none."""
+    messages = request.get("messages") or []
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise Refusal(400, "messages must be a list of objects")
+    return messages
+
+
+def generate_messages(
+    request: Mapping[str, Any], system: str | None = None, messages: Sequence[Mapping[str, Any]] = ()
+) -> list[Mapping[str, Any]]:
+    """Return the conversation that a non-raw ``/api/generate`` stands for: its system text and prompt.
+
+    ``system`` and ``messages`` are the Modelfile's; the messages do not come again before a ``context``.
+    """
+    system = request.get("system") or system
+    before = () if request.get("context") else messages
     user: dict[str, Any] = {"role": "user", "content": request.get("prompt") or ""}
     if request.get("images"):
         user["images"] = request["images"]
-    return [*messages, user]
+    return [*([{"role": "system", "content": system}] if system else []), *before, user]
 
 
 def completion_body(
-    request: Mapping[str, Any], options: Mapping[str, Any], prompt: str | Sequence[int]
+    request: Mapping[str, Any], options: Mapping[str, Any], prompt: str | Sequence[int] | Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the body for ``/completion`` for an ``/api/generate`` request whose prompt is rendered."""
+    """Return the body for ``/completion``; ``prompt`` is text, tokens or :func:`multimodal_prompt`."""
     body = sampling_fields(options) | {
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "prompt": prompt if isinstance(prompt, str | Mapping) else list(prompt),
         "stream": True,
         "cache_prompt": True,
         "return_tokens": True,
@@ -101,18 +122,74 @@ def infill_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
     return body | {"input_prefix": request.get("prompt") or "", "input_suffix": request["suffix"]}
 
 
-def render_template(template: str, *, system: str, prompt: str) -> str:
-    """Return a request's own ``template`` with ``.System`` and ``.Prompt`` filled in.
+def tagged_images(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return a conversation with the tag ``[img-N]`` where its images belong, and the images, base64.
 
-    ``.Response`` and what follows it is where the model goes on. Raises Refusal for any other Go template
-    action, for it would take Go's template engine to honour it.
+    A text may say where with ``[img]``; else an image stands before its message's text.
     """
-    fields = {".System": system, ".Prompt": prompt}
-    text = re.split(r"\{\{-?\s*\.Response\s*-?\}\}", template)[0]
-    for action in re.findall(r"\{\{.*?\}\}", text, re.DOTALL):
-        if action.strip("{}- \t\n") not in fields:
-            raise Refusal(400, f"template action {action} is not supported by this node")
-    return re.sub(r"\{\{-?\s*(\.\w+)\s*-?\}\}", lambda match: fields[match[1]], text)
+    tagged: list[Mapping[str, Any]] = []
+    images: list[str] = []
+    for message in messages:
+        before, text = "", message.get("content") or ""
+        for image in message.get("images") or ():
+            tag = image_tag(len(images))
+            images.append(_checked_image(image))
+            if "[img]" in text:
+                text = text.replace("[img]", tag, 1)
+            else:
+                before += tag
+        tagged.append(dict(message) | {"content": before + text})
+    return tagged, images
+
+
+def image_tag(index: int) -> str:
+    """Return what stands for an image in a rendered prompt."""
+    return f"[img-{index}]"
+
+
+def multimodal_prompt(text: str, images: Sequence[str], marker: str) -> dict[str, Any]:
+    """Return llama-server's form of a prompt with images; ``marker`` is what its process puts for each."""
+    for index in range(len(images)):
+        text = text.replace(image_tag(index), marker, 1)
+    return {"prompt_string": text, "multimodal_data": list(images)}
+
+
+def shrinking(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yield a conversation, then again with more and more of its oldest messages left out.
+
+    System messages and the last message always stay; a tool's result never loses the call that it answers.
+    """
+    start = -1
+    for index in range(max(1, len(messages))):
+        cut = _tool_block_start(messages, index)
+        if cut == start or (index and messages[index - 1].get("role") == "system"):
+            continue
+        start = cut
+        kept = [message for message in messages[:cut] if message.get("role") == "system"]
+        yield [*kept, *messages[cut:]]
+
+
+def _tool_block_start(messages: Sequence[Mapping[str, Any]], index: int) -> int:
+    start = index
+    while start > 0 and start < len(messages) and messages[start].get("role") == "tool":
+        start -= 1
+    calls = start < index and messages[start].get("role") == "assistant" and messages[start].get("tool_calls")
+    return start if calls else index
+
+
+def cut_middle(prompt: Sequence[int], num_ctx: int, num_keep: int, *, has_bos: bool) -> list[int]:
+    """Return a prompt that leaves room in the context: its first ``num_keep`` tokens and its end.
+
+    As Ollama does it where the context may shift: half of what is not kept is freed for the answer.
+    """
+    most = num_ctx - 1
+    if len(prompt) <= most:
+        return list(prompt)
+    keep = min((len(prompt) if num_keep < 0 else num_keep) + has_bos, most)
+    limit = num_ctx - max((num_ctx - keep) // 2, 1)
+    return [*prompt[:keep], *prompt[len(prompt) - (limit - keep) :]]
 
 
 def embed_inputs(request: Mapping[str, Any]) -> list[str]:
@@ -136,22 +213,13 @@ def shorten(vector: Sequence[float], dimensions: int | None) -> list[float]:
     return [x / norm for x in cut]
 
 
-def oldest_to_drop(messages: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the index of the message that is dropped first when a conversation is too long.
-
-    That is the oldest which is neither a system message nor the last one; None if nothing may be dropped.
-    """
-    for index, message in enumerate(messages[:-1]):
-        if message.get("role") != "system":
-            return index
-    return None
-
-
 def surely_fits(messages: Sequence[Mapping[str, Any]], num_ctx: int) -> bool:
     """Return whether a conversation fits without counting tokens: no token is shorter than a byte.
 
     32 tokens a message are allowed for what the template adds around it.
     """
+    if any(message.get("images") or message.get("tool_calls") for message in messages):
+        return False
     text_bytes = sum(len(str(message.get("content") or "").encode()) + 32 for message in messages)
     return text_bytes < num_ctx
 
@@ -171,7 +239,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         converted["content"] = content
         return converted
     parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if content else []
-    parts += [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images]
+    parts += [_media_part(image) for image in images]
     converted["content"] = parts
     return converted
 
@@ -190,13 +258,25 @@ def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _data_uri(image: Any) -> str:
+def _media_part(image: Any) -> dict[str, Any]:
+    start = base64.b64decode(_checked_image(image)[:64])
+    if (
+        form := next((form for magic, form in _AUDIO_MAGIC.items() if magic in start[:12]), None)
+    ) is not None:
+        return {"type": "input_audio", "input_audio": {"data": image, "format": form}}
+    mime = next((mime for magic, mime in _IMAGE_MAGIC.items() if start.startswith(magic)), "image/jpeg")
+    return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{image}"}}
+
+
+def _checked_image(image: Any) -> str:
     try:
         start = base64.b64decode(image[:64] if len(image) >= 64 else image, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise Refusal(400, "images must be base64-encoded strings") from error
-    mime = next((mime for magic, mime in _IMAGE_MAGIC.items() if start.startswith(magic)), "image/jpeg")
-    return f"data:{mime};base64,{image}"
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        # Ollama turns it into a PNG first; llama.cpp cannot read it.
+        raise Refusal(400, "WebP images are not supported by this node; send PNG or JPEG")
+    return str(image)
 
 
 def _top_logprobs(request: Mapping[str, Any]) -> int | None:
@@ -206,11 +286,11 @@ def _top_logprobs(request: Mapping[str, Any]) -> int | None:
     return top if request.get("logprobs") else None
 
 
-def _think(think: Any) -> dict[str, Any]:
-    if isinstance(think, bool):
-        return {"enable_thinking": think}
-    if think in ("high", "medium", "low", "max"):
-        return {"enable_thinking": True, "reasoning_effort": think}
+def think_of(request: Mapping[str, Any]) -> bool | str | None:
+    """Return whether and how hard a model is to think, None if nothing was said. Raises Refusal."""
+    think = request.get("think")
+    if think is None or isinstance(think, bool) or think in THINK_LEVELS:
+        return think
     raise Refusal(
         400, f'invalid think value: "{think}" (must be "high", "medium", "low", "max", true, or false)'
     )

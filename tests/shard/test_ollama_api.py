@@ -91,8 +91,10 @@ def test_a_template_of_the_request_is_filled_in(node: ShardNode) -> None:
         options=options(num_predict=6),
     )
     assert answer.response == " 5, 6,"
-    with pytest.raises(ollama.ResponseError, match=r"template action \{\{ if .System \}\} is not supported"):
-        node.client.generate(node.model, "x", template="{{ if .System }}a{{ end }}")
+    with pytest.raises(ollama.ResponseError, match='calls the function "html", which is not supported'):
+        node.client.generate(node.model, "x", template="{{ html .Prompt }}")
+    with pytest.raises(ollama.ResponseError, match="the template has no end for if"):
+        node.client.generate(node.model, "x", template="{{ if .System }}a")
 
 
 def test_generation_stops_at_a_stop_word(node: ShardNode) -> None:

@@ -1,3 +1,4 @@
+import base64
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ from shard.translate import (
     Refusal,
     chat_body,
     completion_body,
+    cut_middle,
     embed_inputs,
     generate_messages,
     infill_body,
-    oldest_to_drop,
-    render_template,
+    multimodal_prompt,
     shorten,
+    shrinking,
     surely_fits,
+    tagged_images,
 )
 
 OPTIONS = resolve({"num_ctx": 512, "stop": ["x"]}, None)
@@ -100,16 +103,14 @@ def test_generate_becomes_a_conversation_or_a_prompt() -> None:
         {"role": "system", "content": "s"},
         {"role": "user", "content": "p"},
     ]
+    told = [{"role": "user", "content": "m"}]
+    model_s = {"role": "system", "content": "model's"}
+    asked = {"role": "user", "content": "p"}
+    assert generate_messages({"prompt": "p"}, "model's", told) == [model_s, *told, asked]
+    assert generate_messages({"prompt": "p", "context": [1]}, None, told) == [asked]
     assert completion_body({}, OPTIONS, [1, 2])["prompt"] == [1, 2]
     body = infill_body({"prompt": "a", "suffix": "b"}, OPTIONS)
     assert (body["input_prefix"], body["input_suffix"], "prompt" in body) == ("a", "b", False)
-
-
-def test_a_template_is_filled_in_once() -> None:
-    template = "{{ .System }}|{{- .Prompt -}}|{{ .Response }}tail"
-    assert render_template(template, system="{{ .Prompt }}", prompt="p") == "{{ .Prompt }}|p|"
-    with pytest.raises(Refusal, match="range"):
-        render_template("{{ range .Messages }}{{ end }}", system="", prompt="p")
 
 
 def test_embedding_inputs() -> None:
@@ -126,17 +127,75 @@ def test_dimensions_shorten_to_a_unit_vector() -> None:
     assert shorten([0.6, 0.8], 5) == shorten([0.6, 0.8], None) == [0.6, 0.8]
 
 
-def test_the_system_message_and_the_last_are_never_dropped() -> None:
-    roles = ["system", "user", "assistant", "user"]
-    messages = [{"role": role} for role in roles]
-    assert oldest_to_drop(messages) == 1
-    assert oldest_to_drop([messages[0], messages[3]]) is None
-    assert oldest_to_drop([messages[3]]) is None
+def told(*roles: str) -> list[dict[str, Any]]:
+    calls = {"tool_calls": [{"function": {"name": "f"}}]}
+    return [
+        {"role": role.rstrip("!"), "content": str(at)} | (calls if role.endswith("!") else {})
+        for at, role in enumerate(roles)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("roles", "kept"),
+    [
+        (["user"], ["0"]),
+        (["system", "user", "assistant", "user"], ["0123", "023", "03"]),
+        (["user", "system", "user"], ["012", "12"]),
+        (["system", "user"], ["01"]),
+        # The results go with the call that they answer.
+        (["user", "assistant!", "tool", "tool", "user"], ["01234", "1234", "4"]),
+        (["user", "assistant!", "tool", "tool"], ["0123", "123"]),
+        (["user", "assistant", "tool", "user"], ["0123", "123", "23", "3"]),
+    ],
+)
+def test_the_oldest_messages_go_first_and_the_system_never(roles: list[str], kept: list[str]) -> None:
+    shrunk = ["".join(message["content"] for message in cut) for cut in shrinking(told(*roles))]
+    assert shrunk == kept
+
+
+@pytest.mark.parametrize(
+    ("length", "num_keep", "has_bos", "expected"),
+    [
+        (9, 4, False, list(range(9))),
+        # 10 - (10 - 4) // 2 = 7 tokens: 4 kept from the beginning, 3 from the end.
+        (12, 4, False, [0, 1, 2, 3, 9, 10, 11]),
+        (12, 4, True, [0, 1, 2, 3, 4, 9, 10, 11]),
+        (12, 0, False, [7, 8, 9, 10, 11]),
+        (12, -1, False, list(range(9))),
+    ],
+)
+def test_a_prompt_is_cut_in_its_middle(
+    length: int, num_keep: int, has_bos: bool, expected: list[int]
+) -> None:
+    assert cut_middle(range(length), 10, num_keep, has_bos=has_bos) == expected
+
+
+def test_images_are_tagged_where_they_belong() -> None:
+    messages = [
+        {"role": "user", "content": "see", "images": [PNG, PNG]},
+        {"role": "user", "content": "a [img] b", "images": [PNG]},
+    ]
+    tagged, images = tagged_images(messages)
+    assert [message["content"] for message in tagged] == ["[img-0][img-1]see", "a [img-2] b"]
+    assert images == [PNG] * 3
+    prompt = multimodal_prompt("[img-0][img-1]see a [img-2] b", images, "<m>")
+    assert prompt == {"prompt_string": "<m><m>see a <m> b", "multimodal_data": images}
+
+
+def test_sound_goes_as_sound_and_webp_is_refused() -> None:
+    wav = base64.b64encode(b"RIFF\x10\0\0\0WAVEfmt ").decode()
+    assert message(role="user", content="", images=[wav])["content"] == [
+        {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
+    ]
+    webp = base64.b64encode(b"RIFF\x10\0\0\0WEBPVP8 ").decode()
+    with pytest.raises(Refusal, match="WebP images are not supported"):
+        message(role="user", content="", images=[webp])
 
 
 def test_a_conversation_is_counted_only_if_it_may_be_too_long() -> None:
     assert surely_fits([{"content": "a" * 400}], 512)
     assert not surely_fits([{"content": "ä" * 400}], 512)
+    assert not surely_fits([{"content": "a", "images": [PNG]}], 512)
 
 
 def test_passed_through_bodies_start_from_ollamas_defaults() -> None:
