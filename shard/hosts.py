@@ -45,8 +45,8 @@ def hosts(
 ) -> Lenders:
     """Return the hosts among ``reports`` (name → report); ``local`` is the coordinator's own.
 
-    ``build`` is the coordinator's llama.cpp; None to take its own report's. ``given_back`` maps (host, device)
-    to what is held there for a model that this plan replaces.
+    ``build`` is the coordinator's llama.cpp; None to take its own report's. ``given_back`` maps
+    (host, device) to what is held there for a model that this plan replaces.
     """
     own = reports.get(local)
     if build is None and own is not None and own.rpc is not None:

@@ -204,7 +204,7 @@ class _Task:
     parallel: int
     num_batch: int
     row: partition.Row = field(init=False)
-    #: Scratch memory of a device with layers; of the one with the output layer too; and of llama-server itself.
+    #: Scratch memory of a device with layers, of the one with the output layer too, of llama-server itself.
     buffer_bytes: int = field(init=False)
     output_buffer_bytes: int = field(init=False)
     input_buffer_bytes: int = field(init=False)
