@@ -126,7 +126,7 @@ async def test_what_one_coordinator_cannot_do_another_one_may(text: str) -> None
 
 
 async def test_the_coordinators_own_words_are_the_answer_where_there_is_no_other() -> None:
-    async with house() as found:
+    async with house(shard={"wait_s": 0}) as found:
         found.coordinators[0].fail(reply(500, TEXTS[1], path="/api/chat"))
         async with found.session.post(
             found.proxy.url + CHAT.path, json={**CHAT.body(PROMPT), "model": "big"}
@@ -201,7 +201,7 @@ async def test_what_was_measured_at_the_coordinator_sends_the_next_request_to_a_
         whole(second)
         made = await found.json("/sollol/explain/" + second.headers["x-sollol-request-id"])
         assert made["decisions"][0]["node"] == found.node.host_port
-        # The node cannot hold it after all: the client does not notice, and the next request is not tried there.
+        # The node cannot hold it after all: the client does not notice, and the next one is not tried there.
         assert [attempt["outcome"] for attempt in made["attempts"]] == ["too_small", "ok"]
         third = await found.ask("medium", options=options)
         assert third.headers["x-sollol-attempts"] == "1"

@@ -229,6 +229,8 @@ def test_what_a_coordinator_expects_is_believed_until_it_was_measured() -> None:
     coordinator.report = shard_report(decode_tok_s=10.0)  # another plan, once a node is lost
     slower = choose(fleet, speeds).chosen
     assert slower is not None and slower.terms["decode_s"] == pytest.approx(256 / 10)
+    with_gpu = coordinator.report.model_copy(update={"gpus": report().gpus})
+    coordinator.report = with_gpu
     coordinator.resident[KEY] = resident(BIG, on_gpu=0.5)
     speeds.observe(coordinator, ask(KEY), FinalStats(200, 256, 0.0, 0.5, 8.0), 0.5, 8.5, 1, NOW_S)
     measured = choose(fleet, speeds).chosen
