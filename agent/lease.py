@@ -277,7 +277,8 @@ async def ask(lines: JsonLines, message: Message, where: str, timeout_s: float) 
     except NoMessage as error:
         raise TunnelError(f"{where} answers what no agent answers: {error}") from error
     if answer is None:
-        # Under TLS 1.3 a client learns only now that its certificate was refused.
+        # Under TLS 1.3 a client learns only now that its certificate was refused; asyncio's servers do not
+        # say so, they hang up.
         raise TunnelError(_failure(where, lines.error or ConnectionResetError()))
     if answer.get("ok") is not True:
         raise TunnelError(f"{where} refuses: {answer.get('error')}")
@@ -303,7 +304,7 @@ def _failure(where: str, error: Exception) -> str:
         case ConnectionRefusedError():
             return f"{where} refuses connections: no agent that has joined a fleet runs there"
         case ConnectionError():
-            return f"{where} has closed the connection"
+            return f"{where} has closed the connection, as it does to who is no member of its fleet"
         case _:
             return f"{where} cannot be reached: {_reason(error)}"
 

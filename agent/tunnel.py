@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 
 PORT = 11437
 
-HANDSHAKE_S = 10.0
-# How long a connection may say nothing, or be in the middle of a line, before it is closed.
+# How long a connection may take for its handshake, say nothing, or be in the middle of a line.
 REQUEST_S = 10.0
 TELL_S = 1.0
 PING_S = 10.0
@@ -141,7 +140,7 @@ class TunnelServer:
                 lines,
                 self._accept,
                 server_side=True,
-                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_handshake_timeout=self._request_s,
                 ssl_shutdown_timeout=1.0,
             )
         except OSError as error:
