@@ -105,6 +105,10 @@ class Host:
         """Have the calling thread on this host; nothing may be awaited meanwhile."""
         return netns.entered(self.namespace)
 
+    def kill(self) -> None:
+        """Kill everything that runs here. After :meth:`cut` it is as if the power went."""
+        netns.kill(self.namespace)
+
     # Its CPU
 
     def cpu(self, share: float | None) -> None:

@@ -86,12 +86,17 @@ def entered(name: str) -> Iterator[None]:
         os.close(own)
 
 
-def remove(name: str) -> None:
-    """Kill what runs in a namespace, and remove it."""
+def kill(name: str) -> None:
+    """Kill what runs in a namespace."""
     for pid in ip("netns", "pids", name).split():
         if int(pid) != os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+
+
+def remove(name: str) -> None:
+    """Kill what runs in a namespace, and remove it."""
+    kill(name)
     ip("netns", "delete", name)
 
 

@@ -204,6 +204,16 @@ def test_a_cpu_share_holds_back_what_runs_on_the_host_and_nothing_else():
         assert lab["slow"].throttled() == held_back
 
 
+def test_killing_a_host_kills_what_runs_there_and_leaves_the_others():
+    with Lab("a", "b") as lab:
+        on_a, on_b = (host.popen(["sleep", "1000"]) for host in lab.hosts)
+        lab["a"].kill()
+        assert on_a.wait(PATIENCE_S) == -signal.SIGKILL
+        assert on_b.poll() is None
+        with connection(lab["b"], lab["a"]):
+            pass
+
+
 def test_nothing_is_left_of_a_lab():
     with Lab("a", "b") as lab:
         lab["b"].link(delay_ms=1)
