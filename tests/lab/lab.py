@@ -107,6 +107,8 @@ class Host:
 
     def kill(self) -> None:
         """Kill everything that runs here. After :meth:`cut` it is as if the power went."""
+        for child in self._children:  # one that was started just now may not be in its namespace yet
+            child.kill()
         netns.kill(self.namespace)
 
     # Its CPU
@@ -223,6 +225,7 @@ class Host:
         """Kill everything that runs here, and remove the host."""
         if self._relay:
             self._end_relay()
+        self.kill()
         netns.remove(self.namespace)
         for child in self._children:
             child.wait()
