@@ -210,6 +210,7 @@ class Coordinator:
             num_ctx=launch.num_ctx,
             parallel=launch.parallel,
             num_batch=launch.num_batch,
+            embeddings=launch.embeddings,
             coordinator=LOCAL,
         )
         return Survey(shape, found, planned, left_out | dict(why) | dict(avoid or {}))
@@ -335,7 +336,7 @@ class Coordinator:
         program, leases = programs[0], await self._lease(made, programs[0].build)
         try:
             endpoints = {place: lease.endpoint for place, lease in leases.items()}
-            server = await ShardedServer.spawn(program.command, launch, made.flags(endpoints))
+            server = await ShardedServer.spawn(program, launch, made.flags(endpoints))
         except BaseException:
             await _close(leases)
             raise

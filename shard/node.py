@@ -8,7 +8,7 @@ import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,17 @@ class Node:
         ask: Mapping[str, Any],
         options: Mapping[str, Any],
         tell: Tell | None = None,
+        *,
+        embeddings: bool = False,
     ) -> AsyncIterator[Runner]:
         """Give the model's runner, loaded as ``options`` want it; raises as :meth:`Runners.lease`.
 
-        A load that takes long is told to ``tell`` now and then, where the node knows how far it is.
+        With ``embeddings`` it can embed. A load that takes long is told to ``tell`` now and then, where the
+        node knows how far it is.
         """
         launch = model.launch(options, parallel=self.parallel, threads=self.threads)
+        if embeddings:
+            launch = replace(launch, embeddings=True)
         telling = None
         if tell is not None and self.coordinator is not None:
             telling = asyncio.create_task(_tell_progress(self.coordinator, model, tell))

@@ -170,11 +170,13 @@ def plan(
     num_ctx: int,
     parallel: int = 1,
     num_batch: int = 512,
+    embeddings: bool = False,
     coordinator: str | None = None,
 ) -> Plan | TooBig:
     """Return the plan for ``shape`` at ``num_ctx``, for ``parallel`` sequences of it each.
 
-    ``links`` maps (coordinator, other) to the link between them; a host without one cannot take part. Raises
+    ``embeddings``: llama-server runs with that flag, and computes logits for each token of a batch. ``links``
+    maps (coordinator, other) to the link between them; a host without one cannot take part. Raises
     ValueError where no host could coordinate: none has the model, or ``coordinator`` is no known host.
     """
     candidates = [
@@ -189,7 +191,7 @@ def plan(
         links,
         tuple(sorted(host.name for host in candidates)),
     )
-    task = _Task(shape, num_ctx, parallel, num_batch)
+    task = _Task(shape, num_ctx, parallel, num_batch, embeddings)
     if not fleet.fits(task):
         return fleet.too_big(task)
     return fleet.best(task)
@@ -203,6 +205,7 @@ class _Task:
     num_ctx: int
     parallel: int
     num_batch: int
+    embeddings: bool
     row: partition.Row = field(init=False)
     #: Scratch memory of a device with layers, of the one with the output layer too, of llama-server itself.
     buffer_bytes: int = field(init=False)
@@ -214,8 +217,7 @@ class _Task:
         memory = [layer.weight_bytes + self.kv_bytes(layer) for layer in shape.layers]
         work = [layer.active_bytes + self._kv_read_bytes(layer) for layer in shape.layers]
         size = shape, self.num_ctx, self.num_batch
-        # llama-server runs with --embeddings, so there are logits for each token of a batch.
-        output_buffer_bytes = compute_buffer_bytes(*size, output=True, embeddings=True)
+        output_buffer_bytes = compute_buffer_bytes(*size, output=True, embeddings=self.embeddings)
         more_bytes = output_buffer_bytes - (buffer_bytes := compute_buffer_bytes(*size))
         for name, value in {
             "row": partition.Row(memory, work, shape.output_bytes + more_bytes),
@@ -401,7 +403,7 @@ class _Fleet:
             return self.with_more(freest, steps * MISSING_STEP_BYTES).fits(task)
 
         def fits_at(steps: int) -> bool:
-            return self.fits(_Task(task.shape, steps * CTX_STEP, task.parallel, task.num_batch))
+            return self.fits(replace(task, num_ctx=steps * CTX_STEP))
 
         most = (task.needed_bytes + max(-freest.free_bytes, 0)) // MISSING_STEP_BYTES + 1
         largest = _first(1, (task.num_ctx - 1) // CTX_STEP + 1, lambda steps: not fits_at(steps)) - 1

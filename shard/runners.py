@@ -142,7 +142,7 @@ class Runners:
     async def _take(self, model: ServedModel, launch: Launch) -> Runner:
         while True:
             runner = self._runners.get(model.key)
-            if runner is not None and runner.usable and runner.launch == launch:
+            if runner is not None and runner.usable and runner.launch.serves(launch):
                 break
             if runner is None and len(self._runners) < self._max_loaded:
                 runner = self._runners[model.key] = self._begin(model, launch)
