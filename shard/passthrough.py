@@ -1,27 +1,32 @@
 """The OpenAI and Anthropic routes: llama-server speaks them itself, so requests and events go through.
 
-What changes on the way: the model's name (looked up going in, the client's own spelling coming out),
-Ollama's sampling defaults where the client gave none, and the shape of errors.
+What changes on the way: the model's name (looked up going in, the client's own spelling coming out), the
+Modelfile's parameters, system text, messages and template, Ollama's sampling defaults where the client gave
+none, and the shape of errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from agent.ollama import names
+from shard.chat_template import ChatTemplate
+from shard.llama_server import LlamaServer
 from shard.models import ServedModel
 from shard.node import NODE, UPSTREAM_ERRORS, error_body, json_answer, options_of, read_body
 from shard.options import sampling_fields
+from shard.prompts import Render, fitted, whole
 from shard.replies import error_message
 from shard.runners import Runner
-from shard.translate import Refusal
+from shard.translate import Refusal, generate_messages
 
-# Ollama's OpenAI layer starts from these instead of the model's (openai/openai.go).
+# Ollama's OpenAI layer starts from these instead of the model's (openai/openai.go); its Anthropic one does not.
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+_ANTHROPIC = "/v1/messages"
 
 # A client's own limit may have any of these names; without one Ollama's open-ended budget applies.
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
@@ -33,8 +38,9 @@ def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any])
     """Return what llama-server is sent for a client's body: Ollama's defaults under the client's values."""
     if path not in _SAMPLED:
         return dict(ask)
-    defaults = sampling_fields(options) | _OPENAI_DEFAULTS
-    del defaults["stop"]
+    defaults = sampling_fields(options) | ({} if path == _ANTHROPIC else _OPENAI_DEFAULTS)
+    if ask.get("stop_sequences") or not defaults["stop"]:
+        del defaults["stop"]
     if any(ask.get(limit) is not None for limit in _LIMITS):
         del defaults["n_predict"]
     return defaults | {key: value for key, value in ask.items() if value is not None}
@@ -48,8 +54,64 @@ async def forward(request: web.Request) -> web.StreamResponse:
     model = node.models.find(ask.get("model"))
     _check_capabilities(model, ask, request.path)
     options = options_of({}, model)
-    async with node.lease(model, {}, options) as runner, runner.slots:
-        return await _relay(request, runner, ask, upstream_body(request.path, ask, options))
+    embeddings = request.path == "/v1/embeddings"
+    async with node.lease(model, {}, options, embeddings=embeddings) as runner, runner.slots:
+        asked = await _prompted(runner.server, model, request.path, ask, options)
+        return await _relay(request, runner, ask, upstream_body(request.path, asked, options))
+
+
+async def _prompted(
+    server: LlamaServer,
+    model: ServedModel,
+    path: str,
+    ask: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a client's body with what the Modelfile puts before it, and in the model's template."""
+    template = model.rendering.template
+    if path == "/v1/completions" and isinstance(ask.get("prompt"), str):
+        suffix, asked = ask.get("suffix"), generate_messages(ask, model.system, model.messages)
+
+        async def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            if template is None:
+                body = {"messages": [dict(message) for message in messages]}
+                return str((await whole(server, "/apply-template", body))["prompt"])
+            return template.render_infill(ask["prompt"], suffix) if suffix else template.render(messages)
+
+        prompt = await fitted(server, asked, render, options["num_ctx"])
+        return {key: value for key, value in ask.items() if key != "suffix"} | {"prompt": prompt.ids}
+    if path not in ("/v1/chat/completions", _ANTHROPIC):
+        return dict(ask)
+    system = ask.get("system") if path == _ANTHROPIC else None
+    given = [*([{"role": "system", "content": system}] if system else []), *(ask.get("messages") or [])]
+    messages = model.with_defaults(given)
+    # llama-server makes the prompt from the GGUF's template; one that has none is handed the whole text.
+    texts = [_text(message) for message in messages]
+    if template is not None and model.header.chat_template is None and None not in texts:
+        told = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        prompt = await fitted(server, told, _rendering(template), options["num_ctx"])
+        rest = {key: value for key, value in ask.items() if key != "system"}
+        return rest | {"messages": [{"role": "user", "content": prompt.text}]}
+    if path == _ANTHROPIC and messages and messages[0].get("role") == "system":
+        return {**ask, "system": messages[0]["content"], "messages": messages[1:]}
+    return {**ask, "messages": messages}
+
+
+def _rendering(template: ChatTemplate) -> Render:
+    async def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        return template.render(messages)
+
+    return render
+
+
+def _text(message: Mapping[str, Any]) -> str | None:
+    """Return a message's text, None if there is more to it than text."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return None
+    return "".join(str(part.get("text") or "") for part in content)
 
 
 def _check_anthropic(ask: Mapping[str, Any]) -> None:
@@ -65,6 +127,10 @@ def _check_capabilities(model: ServedModel, ask: Mapping[str, Any], path: str) -
     for capability, is_needed in needed.items():
         if is_needed and capability not in model.capabilities:
             raise Refusal(400, f"{names.parse(model.name)} does not support {capability}")
+    if ask.get("tools") and model.header.chat_template is None:
+        raise Refusal(
+            400, f"{names.parse(model.name)} supports tools on /api/chat only: its GGUF has no template"
+        )
 
 
 async def _relay(
@@ -76,11 +142,11 @@ async def _relay(
     ours = b'"model":' + orjson.dumps(ask["model"])
     async with server.request("POST", request.path, body) as upstream:
         if upstream.status >= 400 or upstream.content_type != "text/event-stream":
-            whole = b"".join([chunk async for chunk in server.chunks(upstream)])
+            answer = b"".join([chunk async for chunk in server.chunks(upstream)])
             if upstream.status >= 400:
-                raise Refusal(upstream.status, error_message(whole))
+                raise Refusal(upstream.status, error_message(answer))
             return web.Response(
-                body=whole.replace(theirs, ours), content_type="application/json", charset="utf-8"
+                body=answer.replace(theirs, ours), content_type="application/json", charset="utf-8"
             )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         rest = b""

@@ -201,5 +201,9 @@ def test_a_conversation_is_counted_only_if_it_may_be_too_long() -> None:
 def test_passed_through_bodies_start_from_ollamas_defaults() -> None:
     body = upstream_body("/v1/chat/completions", {"model": "m", "top_p": None, "temperature": 0.3}, OPTIONS)
     assert (body["temperature"], body["top_p"], body["min_p"], body["n_predict"]) == (0.3, 1.0, 0.0, 5120)
+    assert body["stop"] == ["x"], "the Modelfile's"
+    assert "stop" not in upstream_body("/v1/chat/completions", {}, resolve(None, None))
+    anthropic = upstream_body("/v1/messages", {"max_tokens": 3, "stop_sequences": ["y"]}, OPTIONS)
+    assert (anthropic["temperature"], anthropic["top_p"], "stop" in anthropic) == (0.8, 0.9, False)
     assert "n_predict" not in upstream_body("/v1/chat/completions", {"max_tokens": 4}, OPTIONS)
     assert upstream_body("/v1/embeddings", {"input": "a"}, OPTIONS) == {"input": "a"}
