@@ -24,7 +24,7 @@ from shard.replies import error_message
 from shard.runners import Runner
 from shard.translate import Refusal, generate_messages
 
-# Ollama's OpenAI layer starts from these instead of the model's (openai/openai.go); its Anthropic one does not.
+# Ollama's OpenAI layer starts from these, not the model's (openai/openai.go); its Anthropic layer does not.
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 _ANTHROPIC = "/v1/messages"
 
