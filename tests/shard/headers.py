@@ -333,6 +333,27 @@ def _llama4(model: Model, layer: int) -> Dimensions:
     return _attention(model) | _experts(model, 8192) | shared
 
 
+def _glm4moe(model: Model, layer: int) -> Dimensions:
+    block = _qwen2(model, layer) | {"post_attention_norm.weight": (model.width,)}
+    if layer > 0:
+        block = {name: shape for name, shape in block.items() if not name.startswith("ffn_")}
+        block |= _experts(model, 1408) | {
+            "exp_probs_b.bias": (128,),
+            "ffn_gate_shexp.weight": (model.width, 1408),
+            "ffn_up_shexp.weight": (model.width, 1408),
+            "ffn_down_shexp.weight": (1408, model.width),
+        }
+    del block["ffn_norm.weight"]
+    if layer == model.layers - 1:
+        block |= {
+            "nextn.eh_proj.weight": (2 * model.width, model.width),
+            "nextn.enorm.weight": (model.width,),
+            "nextn.hnorm.weight": (model.width,),
+            "nextn.shared_head_norm.weight": (model.width,),
+        }
+    return block
+
+
 _LFM2_KV_HEADS = [0, 0, 8, 0, 0, 8, 0, 0, 8, 0, 8, 0, 8, 0, 8, 0]
 
 
@@ -459,5 +480,13 @@ LLAMA_4_SCOUT = Model(
     keys={
         "expert_count": 16, "expert_used_count": 1, "expert_feed_forward_length": 8192,
         "interleave_moe_layer_step": 1, "rope.freq_base": 500000.0,
+    },
+)  # fmt: skip
+GLM_4_5_AIR = Model(
+    "glm4moe", 47, 4096, 96, 8, 128, 151552, 10944, _glm4moe, types=q4_k_m,
+    keys={
+        "expert_count": 128, "expert_used_count": 8, "expert_shared_count": 1, "nextn_predict_layers": 1,
+        "expert_feed_forward_length": 1408, "leading_dense_block_count": 1, "rope.dimension_count": 64,
+        "expert_weights_scale": 1.0, "expert_gating_func": 2,
     },
 )  # fmt: skip

@@ -113,3 +113,17 @@ def test_logits_for_every_token_and_no_flash_attention(model: Path, endpoints: l
     check(shape, embedding, split, 8192, 512, embeddings=True)
     slow = project(model, endpoints[:2], split, 8192, 512, "-np", "1", "-fa", "off")
     check(shape, slow, split, 8192, 512, flash_attention=False)
+
+
+def test_a_draft_layer_has_its_place_in_the_split(folder: Path, endpoints: list[str]) -> None:
+    path = headers.write(folder / "glm.gguf", headers.GLM_4_5_AIR)
+    shape = read_shape(read_header(path))
+    split = (31, 17)
+    printed = project(path, endpoints[:2], split, 8192, 512, "-np", "1")
+    weights = [sum(layer.weight_bytes for layer in part) for part in (shape.layers[:31], shape.layers[31:])]
+    cells = [sum(kv_bytes(layer, 8192) for layer in part) for part in (shape.layers[:31], shape.layers[31:])]
+    assert [cell // MIB for cell in cells] == [printed[f"RPC{index}"].context_mib for index in (0, 1)]
+    assert weights[0] // MIB == printed["RPC0"].model_mib
+    unloaded = weights[1] + shape.output_bytes - shape.layers[-1].weight_bytes
+    assert unloaded // MIB == pytest.approx(printed["RPC1"].model_mib, abs=1), "held, but not loaded"
+    assert shape.layers[-1].active_bytes == 0 < shape.layers[-2].active_bytes
