@@ -397,6 +397,8 @@ class _Fleet:
     def too_big(self, task: _Task) -> TooBig:
         """By how much ``task`` is too big, and at which context it is not."""
         devices = [device for host in self.usable() for device in host.devices]
+        if not devices:
+            return TooBig(task.needed_bytes, task.needed_bytes, 0, task.num_ctx, None)
         freest = max(devices, key=lambda device: device.free_bytes)
 
         def fits_with(steps: int) -> bool:
