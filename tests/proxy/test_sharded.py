@@ -14,8 +14,15 @@ import pytest
 from rich.console import Console
 
 from agent.ollama import names
+from agent.report import NodeKind
 from proxy_addon import plans, record
+from proxy_addon.ask import Ask
 from proxy_addon.commands import explain, status
+from proxy_addon.endpoints import ENDPOINTS
+from proxy_addon.fleet.node import Node
+from proxy_addon.placement.decision import Candidate, Decision
+from proxy_addon.settings import Timeouts
+from proxy_addon.timeouts import first_byte_limit_s
 from tests.fakes.coordinator import FakeCoordinator
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.faults import reply
@@ -283,6 +290,22 @@ async def test_a_plan_that_the_answer_names_is_that_one() -> None:
         assert plans.of_answer({"x-sollol-shard-plan": "p-7"}, found.seen(), "any") == "p-7"
         plain = found.proxy.sollol.fleet.nodes[found.node.host_port]
         assert plans.of_answer({"x-sollol-shard-plan": "p-7"}, plain, "any") is None
+
+
+def test_a_coordinators_first_byte_may_take_a_load_and_a_long_one_takes_its_time() -> None:
+    def limit_s(kind: NodeKind, load_s: float) -> float:
+        node = Node("10.0.0.9", 11436, kind=kind)
+        asked = Ask(ENDPOINTS[0], "big", "big", stream=True)
+        rec = record.Record("id", "native", 0.0, "", ask=asked, node=node)
+        rec.flight = node.take(asked, 0.0, 1.0, load=load_s > 0)
+        chosen = Candidate(node.name, None, 1.0, {"load_s": load_s})
+        rec.decisions = [Decision("finish_time", node.name, (chosen,), "")]
+        return first_byte_limit_s(Timeouts(first_byte_s=120, load_s=600), rec)
+
+    assert limit_s("ollama", 0) == 120
+    assert limit_s("ollama", 10) == 720
+    assert limit_s("shard", 0) == 720  # a backend may be lost, and all of it loaded anew
+    assert limit_s("shard", 1000) == 3120
 
 
 async def test_the_fleet_is_still_one_server() -> None:
