@@ -286,7 +286,7 @@ async def embed(request: web.Request) -> web.StreamResponse:
     node, ask = request.app[NODE], await read_body(request)
     model = node.models.find(ask.get("model"), 'model "{}" not found, try pulling it first')
     inputs, options = embed_inputs(ask), options_of(ask, model)
-    async with node.lease(model, ask, options) as runner:
+    async with node.lease(model, ask, options, embeddings=True) as runner:
         load_ns = time.monotonic_ns() - started
         if not inputs:
             return json_answer({"model": ask["model"], "embeddings": []})
@@ -307,7 +307,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     """POST /api/embeddings, the older form: one text, a vector that is not normalised."""
     node, ask = request.app[NODE], await read_body(request)
     model = node.models.find(ask.get("model"), 'model "{}" not found, try pulling it first')
-    async with node.lease(model, ask, options_of(ask, model)) as runner:
+    async with node.lease(model, ask, options_of(ask, model), embeddings=True) as runner:
         if not ask.get("prompt"):
             return json_answer({"embedding": []})
         async with runner.slots:

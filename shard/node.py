@@ -79,8 +79,9 @@ class Node:
         node knows how far it is.
         """
         launch = model.launch(options, parallel=self.parallel, threads=self.threads)
-        if embeddings:
-            launch = replace(launch, embeddings=True)
+        # A full context makes room for more unless the request forbids it, as with Ollama.
+        shift = ask.get("shift") is not False
+        launch = replace(launch, context_shift=shift, embeddings=launch.embeddings or embeddings)
         telling = None
         if tell is not None and self.coordinator is not None:
             telling = asyncio.create_task(_tell_progress(self.coordinator, model, tell))

@@ -226,6 +226,17 @@ def test_the_oldest_messages_give_way_and_then_the_middle_of_the_last(node: Shar
     assert (refused.status_code, "exceeds the available context" in refused.text) == (400, True)
 
 
+def test_a_full_context_makes_room_unless_it_may_not(node: ShardNode) -> None:
+    settings = options(num_ctx=256, num_predict=270)
+    shifted = node.client.generate("infill", "1, 2, 3,", raw=True, options=settings)
+    assert (shifted.eval_count, shifted.done_reason) == (270, "length")
+    body = {"model": "infill", "prompt": "1, 2, 3,", "raw": True, "options": settings, "stream": False}
+    full = node.http.post("/api/generate", json=body | {"shift": False}).json()
+    assert full["prompt_eval_count"] + full["eval_count"] <= 257
+    assert full["done_reason"] == "length"
+    assert shifted.response.startswith(full["response"][:200])
+
+
 def test_what_is_not_rendered_here_says_so(node: ShardNode) -> None:
     def said_of(model: str) -> dict[str, str]:
         return dict(node.http.post("/api/show", json={"model": model}).json()["_sollol"])

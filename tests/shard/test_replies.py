@@ -8,12 +8,15 @@ from shard.replies import (
     CompletionReply,
     Final,
     Piece,
+    RenderedReply,
     SseReader,
     UpstreamError,
     chat_object,
     generate_object,
     statistics,
 )
+from shard.thinking import ThinkingParser
+from shard.tool_calls import ToolCallParser
 
 TIMINGS = {"cache_n": 3, "prompt_n": 4, "prompt_ms": 1.5, "predicted_n": 2, "predicted_ms": 0.25}
 
@@ -98,6 +101,52 @@ def test_a_completion_ends_with_its_reason(kind: str, reason: str) -> None:
     assert reply.final is None
     assert reply.take({"content": "", "stop": True, "stop_type": kind, "timings": TIMINGS}) is None
     assert reply.final == Final(reason, TIMINGS)
+
+
+def text(content: str, token: int) -> dict[str, Any]:
+    return {"content": content, "tokens": [token], "stop": False}
+
+
+STOPPED = {"content": "", "tokens": [], "stop": True, "stop_type": "eos", "timings": TIMINGS}
+
+
+def test_rendered_answers_are_taken_apart_and_nothing_is_lost_at_the_end() -> None:
+    tools = [{"function": {"name": "now"}}]
+    reply = RenderedReply(
+        thinking=ThinkingParser("<think>", "</think>"), tools=ToolCallParser("<tool_call>", tools)
+    )
+    said = (
+        "<think>",
+        "a",
+        "</think>",
+        "b",
+        "<tool_call>",
+        '{"name": "now", "arguments": {}}',
+        "</tool_call>",
+    )
+    pieces = [reply.take(text(part, token)) for token, part in enumerate(said)]
+    assert all(pieces), "every token is passed on"
+    kept = [piece for piece in pieces if piece]
+    assert [token for piece in kept for token in piece.tokens] == list(range(7))
+    assert ["".join(piece.thinking for piece in kept), "".join(piece.content for piece in kept)] == ["a", "b"]
+    [call] = [call for piece in kept for call in piece.tool_calls]
+    assert call["function"] == {"index": 0, "name": "now", "arguments": {}}
+    assert reply.take(STOPPED) is None
+    assert reply.final == Final("stop", TIMINGS)
+    held = RenderedReply(thinking=ThinkingParser("<think>", "</think>"))
+    assert held.take(text("<thi", 1)) == Piece(tokens=[1])
+    assert held.take(STOPPED) == Piece(content="<thi")
+
+
+def test_an_answer_that_is_to_be_constrained_stops_after_its_thinking() -> None:
+    reply = RenderedReply(thinking=ThinkingParser("<think>", "</think>"), constrain=True)
+    assert reply.take(text("<think>so", 1)) == Piece(thinking="so", tokens=[1])
+    assert reply.take(text("</think>{ and", 2)) is None
+    assert reply.interrupted and reply.final is None and reply.thought == "so"
+    reply.resume()
+    assert reply.take(text('{"a": 1}', 3)) == Piece(content='{"a": 1}', tokens=[3])
+    assert reply.take(STOPPED) is None
+    assert reply.final == Final("stop", TIMINGS)
 
 
 def test_logprobs_keep_alternatives_only_when_asked() -> None:
