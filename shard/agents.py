@@ -26,9 +26,11 @@ from agent.sampler import is_here
 
 log = logging.getLogger(__name__)
 
-POLL_S = 5.0
+POLL_S = 2.0
 ANSWER_S = 3.0
 AGENT_PORT = 11435
+#: A change of free memory by less is no news: planning goes by larger pieces.
+NEWS_BYTES = 256 << 20
 #: A report older than this is no ground for a plan.
 FRESH_S = 15.0
 
@@ -88,6 +90,9 @@ class Agents:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=ANSWER_S, sock_connect=ANSWER_S),
         )
+        self.news = (
+            asyncio.Event()
+        )  #: somebody came, went, or has other memory to lend; whoever waits clears it
         self._task: asyncio.Task[None] | None = None
         self._stack = contextlib.AsyncExitStack()
 
@@ -139,11 +144,14 @@ class Agents:
             return
         if peer.error:
             log.info("%s reports: %s", peer.name, report.host.hostname)
+        if peer.error or _lends(report) != _lends(peer.report):
+            self.news.set()
         peer.report, peer.reported_at_s, peer.error = report, time.monotonic(), ""
 
     def _failed(self, peer: Peer, reason: str) -> None:
         if peer.error != reason:
             log.warning("the agent at %s does not report: %s", peer.url, reason)
+            self.news.set()
         peer.error = reason
 
     def _on_announcement(self, node_id: str, node: announce.Announced | None) -> None:
@@ -162,6 +170,15 @@ class Agents:
         self._announced[node_id] = peer.name
         self._peers[peer.name] = peer
         log.info("the agent at %s has announced itself", peer.url)
+
+
+def _lends(report: Report | None) -> object:
+    """What of a report makes plans differ."""
+    rpc = report.rpc if report else None
+    if rpc is None:
+        return None
+    devices = [(device.name, device.memory_free_bytes // NEWS_BYTES) for device in rpc.devices]
+    return rpc.build, rpc.tunnel_port, rpc.error, devices
 
 
 def _reason(error: Exception) -> str:

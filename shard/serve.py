@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,7 +31,7 @@ from shard.server import OLLAMA_API_VERSION, ps_row, serve
 
 log = logging.getLogger(__name__)
 
-#: What each model may expect is worked out anew so often: it only has to rank coordinators.
+#: What each model may expect is worked out anew when an agent has news, and so often besides.
 EXPECT_EVERY_S = 30.0
 #: Memory is the limit of a coordinator, not the number of models.
 MAX_LOADED = 64
@@ -153,6 +154,7 @@ class Expectations:
         coordinator = self._node.coordinator
         assert coordinator is not None
         while True:
+            await self._node.models.refresh()
             models = list(self._node.models)
             found: list[ShardModel] = []
             for model in models:
@@ -160,4 +162,7 @@ class Expectations:
                 # Over the first round what is known is told as it comes.
                 self.latest = found if len(found) > len(self.latest) else self.latest
             self.latest = found
-            await asyncio.sleep(EXPECT_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXPECT_EVERY_S):
+                    await coordinator.agents.news.wait()
+            coordinator.agents.news.clear()

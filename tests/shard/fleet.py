@@ -56,7 +56,7 @@ class Machine:
             )
 
     def environment(self) -> dict[str, str]:
-        own = {"XDG_STATE_HOME": str(self.state), "SOLLOL_LAB": "1"}
+        own = {"XDG_STATE_HOME": str(self.state)}
         return {name: value for name, value in os.environ.items() if not name.startswith("SOLLOL_")} | own
 
     def said(self, part: str) -> str:
