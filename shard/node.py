@@ -126,7 +126,9 @@ def options_of(ask: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise Refusal(400, "options must be an object")
     try:
-        return resolve(model.effective_options(given), model.header.context_length)
+        header = model.header
+        given = model.effective_options(given)
+        return resolve(given, header.context_length, embeds=header.is_embedding_model)
     except ValueError as error:
         raise Refusal(400, str(error)) from error
 

@@ -17,6 +17,9 @@ DEFAULT_KEEP_ALIVE_S = 300.0
 # What Ollama chooses below 23 GiB of VRAM (server/routes.go); more would cost KV cache on every load.
 DEFAULT_NUM_CTX = 4096
 
+# Of an embedding model, unless its context is smaller (llm/llama_server.go).
+EMBEDDING_NUM_BATCH = 2048
+
 # An open-ended generation still gets a budget, in context windows (llm/llama_server.go).
 OPEN_ENDED_CONTEXTS = 10
 
@@ -53,8 +56,12 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def resolve(given: Mapping[str, Any] | None, context_length: int | None) -> dict[str, Any]:
+def resolve(
+    given: Mapping[str, Any] | None, context_length: int | None, *, embeds: bool = False
+) -> dict[str, Any]:
     """Return every option's value for a request: what was given over Ollama's default.
+
+    A model that only ``embeds`` sees a text in one batch, which is larger by default for that.
 
     ``num_ctx`` comes out positive and no larger than ``context_length`` (tokens the model was trained for).
     Unknown options are ignored, as Ollama does. Raises ValueError with Ollama's text for a wrong type.
@@ -65,6 +72,8 @@ def resolve(given: Mapping[str, Any] | None, context_length: int | None) -> dict
             values[name] = _typed(name, OPTIONS[name].kind, value)
     num_ctx = values["num_ctx"] if values["num_ctx"] > 0 else DEFAULT_NUM_CTX
     values["num_ctx"] = min(num_ctx, context_length) if context_length else num_ctx
+    if embeds and (given or {}).get("num_batch") is None:
+        values["num_batch"] = min(EMBEDDING_NUM_BATCH, values["num_ctx"])
     return values
 
 

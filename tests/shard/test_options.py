@@ -35,6 +35,17 @@ def test_num_ctx_stays_within_what_the_model_was_trained_for(
 
 
 @pytest.mark.parametrize(
+    ("given", "trained", "num_batch"),
+    [(None, 8192, 2048), (None, 512, 512), ({"num_ctx": 1024}, 8192, 1024), ({"num_batch": 64}, 8192, 64)],
+)
+def test_an_embedding_model_takes_a_text_in_one_batch(
+    given: dict[str, int] | None, trained: int, num_batch: int
+) -> None:
+    assert resolve(given, trained, embeds=True)["num_batch"] == num_batch
+    assert resolve(None, trained)["num_batch"] == 512
+
+
+@pytest.mark.parametrize(
     ("asked", "sent"), [(-1, 5120), (-2, 5120), (5121, 5120), (5120, 5120), (0, 0), (7, 7), (7.9, 7)]
 )
 def test_num_predict_is_bounded(asked: float, sent: int) -> None:
