@@ -27,6 +27,7 @@ the answer says whether the bound was met, that is whether it is proven best.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,9 +35,11 @@ from itertools import accumulate
 #: Equal costs that were added up in different orders differ by rounding; what is this close is a tie.
 TIE = 1e-11
 #: States kept after each placed slot: of the first, quick pass, which only finds something good to beat, ...
-_NARROW = 4
-#: ... and of the pass that proves it best. 100 states × 15 slots take about 10 ms each on a 2020s core.
-WIDE = 100
+NARROW = 4
+#: ... and of the pass that proves it best: at 15 slots, some 10 ms for each on a core of 2020.
+WIDE = 50
+#: Layers are alike in work per byte up to this factor; beyond it the bound looks at each layer's.
+_EVEN = 1.5
 #: Sets of used slots kept while looking for any layout that fits; exact for up to 10 unequal slots, 2^10 / 4.
 _PACKINGS = 256
 
@@ -76,7 +79,12 @@ class Row:
         self.memory = list(accumulate(memory_bytes, initial=0))
         self.work = list(accumulate(work_bytes, initial=0.0))
         self.output_bytes = output_bytes
+        densities = [work / memory for work, memory in zip(work_bytes, memory_bytes, strict=True)]
+        self._order = sorted(range(self.layers), key=lambda layer: -densities[layer])
+        #: Whether layers differ in work per byte of memory, as dense ones do from those with experts.
+        self.uneven = max(densities, default=0.0) > _EVEN * min(densities, default=0.0)
         self._runs: dict[int, Runs] = {}
+        self._densest: dict[int, tuple[list[int], list[float]]] = {}
 
     @property
     def total_bytes(self) -> int:
@@ -101,6 +109,16 @@ class Row:
         memory = [self.memory[end] - self.memory[start] for start, end in enumerate(ends)]
         count = [end - start for start, end in enumerate(ends)]
         return Runs(ends, _most_behind(work), _most_behind(memory), _most_behind(count))
+
+    def densest(self, start: int) -> tuple[list[int], list[float]]:
+        """Memory and work of the layers from ``start`` on, those with most work a byte first, added up."""
+        known = self._densest.get(start)
+        if known is None:
+            order = [layer for layer in self._order if layer >= start]
+            memory = accumulate((self.memory[layer + 1] - self.memory[layer] for layer in order), initial=0)
+            work = accumulate((self.work[layer + 1] - self.work[layer] for layer in order), initial=0.0)
+            known = self._densest[start] = list(memory), list(work)
+        return known
 
     def finishes(self, start: int, slot: Slot) -> bool:
         """Whether ``slot`` holds all from layer ``start`` on, and the output layer."""
@@ -153,13 +171,47 @@ def _pour(row: Row, start: int, slots: Sequence[Slot], runs: Sequence[Runs]) -> 
     rest_bytes = row.memory[-1] - row.memory[start]
     if bytes_ < rest_bytes or layers < row.layers - start or room < rest_bytes + row.output_bytes:
         return math.inf
+    paired_ms = cost + _pair(row, start, slots, runs) if row.uneven else -math.inf
     pours.sort()
     for ratio, most in pours:
         if left <= most:
-            return cost + left * ratio
+            cost += left * ratio
+            break
         cost += most * ratio
-        left -= most
-    return cost  # what is left over by rounding alone has a place
+        left -= most  # what is left over in the end by rounding alone has a place
+    return max(cost, paired_ms)
+
+
+def _pair(row: Row, start: int, slots: Sequence[Slot], runs: Sequence[Runs]) -> float:
+    """What layers ``start`` on cost at least if the fastest slots get those with most work a byte.
+
+    Layers may be cut anywhere for that. Where layers differ much this says more than :func:`_pour`, in which
+    every slot may take the run with most work; it says less of the hops.
+    """
+    memory, work = row.densest(start)
+    rest_bytes, cost, filled, done = memory[-1], 0.0, 0, 0.0
+    for ms_per_byte, most in sorted(
+        (slot.ms_per_byte, run.most_bytes[start]) for slot, run in zip(slots, runs, strict=True)
+    ):
+        filled += most
+        layer = bisect_right(memory, filled) - 1
+        reached = work[layer]
+        if layer < len(memory) - 1:
+            part = (filled - memory[layer]) / (memory[layer + 1] - memory[layer])
+            reached += part * (work[layer + 1] - work[layer])
+        cost += (reached - done) * ms_per_byte
+        done = reached
+        if filled >= rest_bytes:
+            break
+    hops = sorted(
+        (slot.hop_ms / most, most)
+        for slot, run in zip(slots, runs, strict=True)
+        if (most := run.most_bytes[start])
+    )
+    for ratio, most in hops:
+        cost += ratio * min(most, rest_bytes)
+        rest_bytes -= min(most, rest_bytes)
+    return cost
 
 
 def pack(row: Row, slots: Sequence[Slot], most_remote: int) -> Layout | None:
@@ -178,10 +230,10 @@ def cut(
         if best is None:
             return None
         below_ms = best.ms
-    quick, proven = search.cheapest(below_ms, _NARROW)
+    quick, proven = search.cheapest(below_ms, NARROW)
     if quick is not None:
         best, below_ms = quick, quick.ms
-    if not proven and width > _NARROW:
+    if not proven and width > NARROW:
         better, proven = search.cheapest(below_ms, width)
         best = better or best
     return best and Layout(best.segments, best.ms, proven)
@@ -259,15 +311,21 @@ class _Search:
                         key = (taken, end, -1 if end == longest else index)
                         ms = cost + price(row, slot, start, end)
                         known = following.get(key)
-                        if known is not None and known[0] <= ms:
-                            continue
-                        if ms + self.bound(taken, end) < below_ms - TIE * abs(below_ms):
+                        if known is None or ms < known[0]:
                             following[key] = ms, (way, Segment(index, start, end))
-            if len(following) > width:
+            ranked = []
+            for key, (ms, _) in following.items():
+                used, end, unfilled = key
+                if unfilled >= 0 and (full := following.get((used, end, -1))) and full[0] <= ms:
+                    continue  # what is full may go on in more ways
+                least_ms = ms + self.bound(used, end)
+                if least_ms < below_ms - TIE * abs(below_ms):
+                    ranked.append((least_ms, key))
+            if len(ranked) > width:
                 proven = False
-                ranked = sorted(following, key=lambda key: following[key][0] + self.bound(key[0], key[1]))
-                following = {key: following[key] for key in ranked[:width]}
-            level = following
+                ranked.sort()
+                del ranked[width:]
+            level = {key: following[key] for _, key in ranked}
         return best, proven
 
     def pack(self) -> Layout | None:

@@ -21,8 +21,10 @@ from the CPU's layers but never forbids a plan; at most 15 RPC devices.
 Every pair of devices talks through the coordinator, so only links between it and the others matter, and a
 load passes through its link one tensor after another.
 
-Cost of planning: sets of hosts are tried by size, best first, those that a bound on memory or time excludes
-unseen; within a set ``partition.py`` is exact. See :data:`LOOKS` for where exactness ends.
+Cost of planning: sets of hosts are taken by size, those without the room are left out unseen, the others
+are searched best bound first until no bound is below what was found; within a set ``partition.py`` is exact.
+Plans of up to some six nodes are proven best within tens of milliseconds; see :data:`SETS` for where
+exactness ends.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal
 
 from agent.links import Link
@@ -53,10 +56,11 @@ MOST_RPC_DEVICES = 15
 ACTIVATION_BYTES = 4  #: activations and logits travel as f32
 #: llama.cpp pads a context to this, so nothing in between saves memory.
 CTX_STEP = 256
-#: Sets of hosts that are looked at closely per plan. Beyond it, and beyond ``partition.WIDE``, the best plan
-#: found is taken and ``Plan.reason`` says how far from the best one it is at most.
-LOOKS = 16
-
+#: Sets of hosts of one size that get a bound, and those of them, best bound first, that are searched. Beyond
+#: these, and beyond ``partition.WIDE``, the best plan found is taken, and ``Plan.reason`` says how far from
+#: the best one it is at most. Sets that have the room in bytes and yet hold no layout are rare: after so many
+#: of them in a row, one more node is taken.
+SETS, LOOKS, VAIN_LOOKS = 1000, 16, 64
 #: What is missing is told to this precision, rounded up.
 MISSING_STEP_BYTES = 1 << 20
 
@@ -285,49 +289,56 @@ class _Candidate:
         return fastest, hop_ms, -self.room_bytes
 
 
-@dataclass(slots=True)
-class _Best:
-    """The best layout so far, over sets of hosts."""
+#: Hosts that may hold a model together, the coordinator first.
+type _Set = tuple[_Candidate, ...]
 
-    layout: partition.Layout | None = None
-    hosts: Sequence[Host] = ()
-    bound_ms: float = math.inf  #: no set that was not looked at to the end costs less
 
-    @property
-    def ms(self) -> float:
-        return self.layout.ms if self.layout else math.inf
-
-    def look(self, row: partition.Row, around: Sequence[_Candidate], nodes: int, looks: int) -> None:
-        """Look at the sets of ``nodes`` hosts, the first of ``around`` among them."""
-        for count, chosen in enumerate(self._sets(row, around[:1], around[1:], nodes - 1)):
-            if count == looks:
-                self.bound_ms = min(self.bound_ms, _bound_ms(row, around))
-                return
-            layout = partition.cut(row, _slots(chosen), MOST_RPC_DEVICES, self.ms)
-            if layout is None:
-                continue
-            self.layout, self.hosts = layout, [candidate.host for candidate in chosen]
-            if not layout.proven:
-                self.bound_ms = min(self.bound_ms, _bound_ms(row, chosen))
-
-    def _sets(
-        self, row: partition.Row, chosen: Sequence[_Candidate], rest: Sequence[_Candidate], more: int
-    ) -> Iterator[Sequence[_Candidate]]:
-        """``chosen`` and ``more`` of ``rest`` in all ways that may hold the model and be the best."""
-        if more == 0:
-            if _bound_ms(row, chosen) < self.ms * (1 - partition.TIE):
-                yield chosen
+def _sets(row: partition.Row, chosen: _Set, rest: Sequence[_Candidate], more: int) -> Iterator[_Set]:
+    """``chosen`` and ``more`` of ``rest`` in all ways that have the room, those with the fast ones first."""
+    if more == 0:
+        yield chosen
+        return
+    room_bytes = sum(candidate.room_bytes for candidate in chosen)
+    for index in range(len(rest) - more + 1):
+        rooms = sorted((candidate.room_bytes for candidate in rest[index:]), reverse=True)[:more]
+        if room_bytes + sum(rooms) < row.total_bytes:
             return
-        for index in range(len(rest) - more + 1):
-            candidate, left = rest[index], rest[index:]
-            rooms = sorted((other.room_bytes for other in left), reverse=True)[:more]
-            if sum(rooms) + sum(other.room_bytes for other in chosen) < row.total_bytes:
-                return
-            if _bound_ms(row, [*chosen, *left]) >= self.ms * (1 - partition.TIE):
-                return
-            if index and candidate.slots == rest[index - 1].slots:
-                continue  # as good as its twin, whose sets have been seen
-            yield from self._sets(row, [*chosen, candidate], rest[index + 1 :], more - 1)
+        # A host like the one before it only stands for that one's sets again.
+        if not index or rest[index].slots != rest[index - 1].slots:
+            yield from _sets(row, (*chosen, rest[index]), rest[index + 1 :], more - 1)
+
+
+def _best_set(
+    row: partition.Row, arounds: Sequence[Sequence[_Candidate]], nodes: int
+) -> tuple[_Set, partition.Layout, float] | None:
+    """The cheapest of the sets of ``nodes`` hosts, each with one coordinator and those ``around`` it.
+
+    With it what any cheaper one that was not found costs at least; infinite if there is none.
+    """
+    bounds: list[tuple[float, _Set]] = []
+    unseen_ms = math.inf
+    for around in arounds:
+        sets = _sets(row, tuple(around[:1]), around[1:], nodes - 1)
+        bounds += [(_bound_ms(row, chosen), chosen) for chosen in islice(sets, SETS // len(arounds))]
+        if next(sets, None) is not None:
+            unseen_ms = min(unseen_ms, _bound_ms(row, around))
+    best: tuple[_Set, partition.Layout] | None = None
+    best_ms = math.inf
+    for count, (bound_ms, chosen) in enumerate(sorted(bounds, key=lambda bound: bound[0])):
+        if bound_ms >= best_ms * (1 - partition.TIE) or math.isinf(bound_ms):
+            break
+        if count >= (VAIN_LOOKS if best is None else LOOKS):
+            unseen_ms = min(unseen_ms, bound_ms)
+            break
+        # Once something is not proven, the rest is looked at quickly.
+        width = partition.WIDE if math.isinf(unseen_ms) else partition.NARROW
+        layout = partition.cut(row, _slots(chosen), MOST_RPC_DEVICES, best_ms, width)
+        if layout is None:
+            continue
+        best, best_ms = (chosen, layout), layout.ms
+        if not layout.proven:
+            unseen_ms = min(unseen_ms, bound_ms)
+    return best and (*best, unseen_ms)
 
 
 def _slots(candidates: Sequence[_Candidate]) -> list[partition.Slot]:
@@ -368,13 +379,11 @@ class _Fleet:
     def best(self, task: _Task) -> Plan:
         """The best plan of the fewest nodes; there is one."""
         around = [self.around(name, task) for name in self.coordinators]
-        looks = max(LOOKS // len(around), 1)
         for nodes in range(1, len(self.hosts) + 1):
-            best = _Best()
-            for candidates in around:
-                best.look(task.row, candidates, nodes, looks)
-            if best.layout is not None:
-                return _plan(task, best.hosts, best.layout, self.links, best.bound_ms)
+            if found := _best_set(task.row, around, nodes):
+                chosen, layout, unseen_ms = found
+                hosts = [candidate.host for candidate in chosen]
+                return _plan(task, hosts, layout, self.links, unseen_ms)
         raise AssertionError("what all hosts hold, some set of hosts holds")
 
     def usable(self) -> list[Host]:
