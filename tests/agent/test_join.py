@@ -1,5 +1,6 @@
 """Joining a fleet over plain HTTP: the token is used once, and nobody in between gains by anything."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -8,8 +9,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from typer.testing import CliRunner
 
 from agent import join, pki
+from agent.cli import app
 from agent.join import CannotJoin, Refused, Token, Tokens
 
 
@@ -236,3 +239,14 @@ async def test_it_joins_by_host_and_port_alone_and_again(founder: Path, door: Do
     two = await join.join(where, join.issue_token(founder), tmp_path / "agent", "b")
     assert (one.node_id, two.name) == (two.node_id, "b")
     assert pki.server_context(tmp_path / "agent")
+
+
+async def test_the_command_joins_and_says_so(founder: Path, door: Door, tmp_path: Path) -> None:
+    directory = str(tmp_path / "agent")
+    command = ["join", door.url, join.issue_token(founder), "--name", "gpu-box", "--state-dir", directory]
+    ran = await asyncio.to_thread(CliRunner().invoke, app, command)
+    assert (ran.exit_code, ran.output.splitlines()[0]) == (0, "gpu-box has joined the fleet as agent.")
+    assert pki.identity(tmp_path / "agent")
+    again = await asyncio.to_thread(CliRunner().invoke, app, ["--state-dir", directory, *command[:3]])
+    assert again.exit_code == 1
+    assert re.fullmatch(r"sollol agent: 127\.0\.0\.1:\d+ refuses: the token was used.*\n", again.output)

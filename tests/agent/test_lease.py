@@ -74,6 +74,24 @@ async def test_the_endpoint_leads_to_the_server(members: Members, servers: EchoS
         await echoed(held, b"x")
 
 
+async def test_the_end_of_either_side_is_the_end_of_the_other(
+    members: Members, servers: EchoServers, port: int
+) -> None:
+    held = await open_lease(members, port)
+    for ended_by_server in (True, False):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(held.endpoint.rpartition(":")[2]))
+        writer.write(b"x")
+        assert await reader.readexactly(1) == b"x"
+        there = servers.started[0].clients[-1]
+        if ended_by_server:
+            there.close()
+            assert await reader.read() == b""
+        else:
+            writer.close()
+            await there.wait_closed()
+    await held.close()
+
+
 async def test_a_reset_fails_whoever_waits_and_leaves_the_server(
     members: Members, servers: EchoServers, port: int
 ) -> None:
