@@ -35,9 +35,9 @@ from itertools import accumulate
 #: Equal costs that were added up in different orders differ by rounding; what is this close is a tie.
 TIE = 1e-11
 #: States kept after each placed slot: of the first, quick pass, which only finds something good to beat, ...
-NARROW = 4
-#: ... and of the pass that proves it best: at 15 slots, some 10 ms for each on a core of 2020.
-WIDE = 50
+_NARROW = 4
+#: ... and of the pass that proves it best, so that it takes at most some 0.4 s for 126 layers.
+_WIDE_STATES_X_SLOTS = 1000
 #: Layers are alike in work per byte up to this factor; beyond it the bound looks at each layer's.
 _EVEN = 1.5
 #: Sets of used slots kept while looking for any layout that fits; exact for up to 10 unequal slots, 2^10 / 4.
@@ -220,9 +220,12 @@ def pack(row: Row, slots: Sequence[Slot], most_remote: int) -> Layout | None:
 
 
 def cut(
-    row: Row, slots: Sequence[Slot], most_remote: int, below_ms: float = math.inf, width: int = WIDE
+    row: Row, slots: Sequence[Slot], most_remote: int, below_ms: float = math.inf, *, quick: bool = False
 ) -> Layout | None:
-    """The cheapest layout that costs less than ``below_ms``; None if there is none."""
+    """The cheapest layout that costs less than ``below_ms``; None if there is none.
+
+    ``quick``: content with what the first pass finds, proven or not.
+    """
     search = _Search(row, slots, most_remote)
     best: Layout | None = None
     if math.isinf(below_ms):
@@ -230,11 +233,11 @@ def cut(
         if best is None:
             return None
         below_ms = best.ms
-    quick, proven = search.cheapest(below_ms, NARROW)
-    if quick is not None:
-        best, below_ms = quick, quick.ms
-    if not proven and width > NARROW:
-        better, proven = search.cheapest(below_ms, width)
+    better, proven = search.cheapest(below_ms, _NARROW)
+    if better is not None:
+        best, below_ms = better, better.ms
+    if not proven and not quick:
+        better, proven = search.cheapest(below_ms, _WIDE_STATES_X_SLOTS // len(slots))
         best = better or best
     return best and Layout(best.segments, best.ms, proven)
 

@@ -57,9 +57,9 @@ ACTIVATION_BYTES = 4  #: activations and logits travel as f32
 #: llama.cpp pads a context to this, so nothing in between saves memory.
 CTX_STEP = 256
 #: Sets of hosts of one size that get a bound, and those of them, best bound first, that are searched. Beyond
-#: these, and beyond ``partition.WIDE``, the best plan found is taken, and ``Plan.reason`` says how far from
-#: the best one it is at most. Sets that have the room in bytes and yet hold no layout are rare: after so many
-#: of them in a row, one more node is taken.
+#: these, and beyond the width of a search in ``partition.py``, the best plan found is taken, and
+#: ``Plan.reason`` says how far from the best one it is at most. Sets that have the room in bytes and yet hold
+#: no layout are rare: after so many of them, one more node is taken.
 SETS, LOOKS, VAIN_LOOKS = 1000, 16, 64
 #: What is missing is told to this precision, rounded up.
 MISSING_STEP_BYTES = 1 << 20
@@ -331,8 +331,8 @@ def _best_set(
             unseen_ms = min(unseen_ms, bound_ms)
             break
         # Once something is not proven, the rest is looked at quickly.
-        width = partition.WIDE if math.isinf(unseen_ms) else partition.NARROW
-        layout = partition.cut(row, _slots(chosen), MOST_RPC_DEVICES, best_ms, width)
+        quick = not math.isinf(unseen_ms)
+        layout = partition.cut(row, _slots(chosen), MOST_RPC_DEVICES, best_ms, quick=quick)
         if layout is None:
             continue
         best, best_ms = (chosen, layout), layout.ms

@@ -85,12 +85,12 @@ def test_only_what_is_cheaper_than_asked_for_is_found() -> None:
     assert partition.cut(row, slots, 1, below_ms=2.1) is not None
 
 
-def test_a_bounded_search_says_so() -> None:
-    """Eleven unequal slots that are all needed, layers of eleven kinds: more states than one per step."""
+def test_a_quick_search_says_that_it_proves_nothing() -> None:
+    """Eleven unequal slots that are all needed, layers of eleven kinds: more states than are kept."""
     layers = [3 + (7 * index) % 11 for index in range(55)]
     row = Row(layers, [float(memory) for memory in layers], 5)
     slots = [Slot(44 + index, 1.0 + index / 10, 1.0, float(index % 3)) for index in range(11)]
-    layout = partition.cut(row, slots, 15, width=8)
+    layout = partition.cut(row, slots, 15, quick=True)
     assert layout is not None and not layout.proven
     assert not math.isinf(partition.lower_bound(row, slots))
     assert layout.ms >= partition.lower_bound(row, slots)
