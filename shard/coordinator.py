@@ -27,7 +27,7 @@ from shard.hosts import hosts as hosts_of
 from shard.llama_server import Launch, LlamaServerError
 from shard.models import ServedModel
 from shard.options import resolve
-from shard.plan import Host, Plan, TooBig, plan
+from shard.plan import Host, Plan, TooBig, choose
 from shard.plan_journal import PlanJournal
 from shard.reporter import LocalMachine
 from shard.runners import NoRoom
@@ -203,7 +203,7 @@ class Coordinator:
             if host.name != LOCAL
         }
         planned = await asyncio.to_thread(
-            plan,
+            choose,
             shape,
             found,
             links,

@@ -22,6 +22,8 @@ from tests.shard.conftest import BOUND_S, wait_until
 #: Each machine's state in the test's directory, where its logs lie as well.
 LOG = "log"
 AGENT_PORT, SHARD_PORT = 11435, 11436
+#: No proxy of the environment, and no TLS context made for every question: that costs 50 ms of CPU.
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}
 _TOKEN = re.compile(r"\b(sollol-\S+)")
 
 
@@ -153,20 +155,20 @@ class ShardFleet:
 
     def http_get(self, url: str) -> Any:
         with self.coordinator.host.entered():
-            return httpx.get(url, trust_env=False, timeout=BOUND_S).raise_for_status().json()
+            return httpx.get(url, timeout=BOUND_S, **PLAIN).raise_for_status().json()
 
     def ask(self, path: str, **body: Any) -> httpx.Response:
         """A whole answer."""
         with self.coordinator.host.entered():
             return httpx.post(
-                self.url + path, json={"model": DEMO_MODEL} | body, trust_env=False, timeout=2 * BOUND_S
+                self.url + path, json={"model": DEMO_MODEL} | body, timeout=2 * BOUND_S, **PLAIN
             )
 
     @contextlib.contextmanager
     def stream(self, path: str, **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
         """The objects of a streamed answer, as they come."""
         with self.coordinator.host.entered():
-            client = httpx.Client(trust_env=False, timeout=2 * BOUND_S)
+            client = httpx.Client(timeout=2 * BOUND_S, **PLAIN)
             request = client.build_request("POST", self.url + path, json={"model": DEMO_MODEL} | body)
             response = client.send(request, stream=True)
         try:

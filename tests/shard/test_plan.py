@@ -361,3 +361,32 @@ def test_a_large_fleet_is_planned() -> None:
     assert isinstance(found, Plan)
     assert all(share.memory_bytes <= share.device.free_bytes for share in found.shares)
     assert sum(share.layers for share in found.shares) == 126
+
+
+# -- GPUs or fewer nodes ------------------------------------------------------------------------------------
+
+
+def test_a_second_gpu_is_taken_rather_than_most_layers_on_a_cpu() -> None:
+    shape = model(*layers(30))
+    cpu = Device("a", "CPU", "cpu", 64 * GIB, 40e9)
+    hosts = [
+        host("a", cpu, gpu("a", 2 * GIB), has_model=True),
+        host("b", gpu("b", 2 * GIB)),
+    ]
+    fewest = plan(shape, hosts, all_links(hosts), num_ctx=NUM_CTX)
+    assert isinstance(fewest, Plan) and fewest.nodes == ("a",)
+    chosen = planning.choose(shape, hosts, all_links(hosts), num_ctx=NUM_CTX)
+    assert isinstance(chosen, Plan) and chosen.ms_per_token < fewest.ms_per_token
+    assert {share.device.kind for share in chosen.shares} == {"gpu"}
+
+
+def test_a_cpu_is_used_where_memory_or_a_slow_link_forces_it() -> None:
+    shape = model(*layers(30))
+    cpu = Device("a", "CPU", "cpu", 64 * GIB, 40e9)
+    hosts = [host("a", cpu, gpu("a", 2 * GIB), has_model=True), host("b", gpu("b", GIB // 2))]
+    small = planning.choose(shape, hosts, all_links(hosts), num_ctx=NUM_CTX)
+    assert isinstance(small, Plan) and any(share.device.kind == "cpu" for share in small.shares)
+    hosts = [host("a", cpu, gpu("a", 2 * GIB), has_model=True), host("b", gpu("b", 2 * GIB))]
+    far = planning.choose(shape, hosts, all_links(hosts, rtt_s=5.0), num_ctx=NUM_CTX)
+    assert isinstance(far, Plan) and far.nodes == ("a",)
+    assert isinstance(planning.choose(shape, hosts[:1], {}, num_ctx=NUM_CTX), Plan)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.lab import Lab, needs_lab
 from tests.shard.conftest import BOUND_S, wait_until
-from tests.shard.fleet import ShardFleet
+from tests.shard.fleet import PLAIN, ShardFleet
 
 pytestmark = [needs_lab, pytest.mark.timeout(300)]
 
@@ -268,7 +268,7 @@ def test_openai_and_anthropic_streams_end_with_their_own_errors(fleet: ShardFlee
     messages = [{"role": "user", "content": "1, 2, 3,"}]
     for path, ends in (("/v1/chat/completions", "[DONE]"), ("/v1/messages", "message_stop")):
         with fleet.coordinator.host.entered():
-            client = httpx.Client(trust_env=False, timeout=2 * BOUND_S)
+            client = httpx.Client(timeout=2 * BOUND_S, **PLAIN)
             body = {"model": "gemma3:270m", "messages": messages, "max_tokens": 3000, "stream": True}
             response = client.send(client.build_request("POST", fleet.url + path, json=body), stream=True)
         lines = response.iter_lines()
