@@ -1,6 +1,6 @@
 # Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt bench lock clean
+.PHONY: help install demo test check fmt bench bench-shard lock clean
 
 # The first python3 that runs: a shim of pyenv's may be on PATH and fail.
 PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 install: $(INSTALLED) ## make .venv with SOLLOL, its demo and what its tests need
 
@@ -37,6 +37,10 @@ fmt: install ## format, and mend what lint can mend
 
 bench: install ## measure what agent and proxy cost
 	@$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-shard: install ## measure models over several hosts: cost, gain over llama.cpp's split, recovery (as root)
+	@scripts/test_deps.sh
+	@$(BIN)/python scripts/bench_shard.py $(ARGS)
 
 lock: ## remake requirements.lock after a change to pyproject.toml; ARGS=--upgrade for newer versions
 	@$(PYTHON3) scripts/bootstrap.py lock $(ARGS)
