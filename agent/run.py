@@ -89,7 +89,8 @@ async def run(settings: Settings) -> None:
         )
         await _open_tunnel(stack, settings, directory, rpc)
         await sampler.first()
-        addresses = await _listen(stack, make_app(sampler, token=settings.token), settings.listen)
+        app = make_app(sampler, token=settings.token, listens_on=[host for host, _ in settings.listen])
+        addresses = await _listen(stack, app, settings.listen)
         if settings.mdns:
             await _announce(stack, settings.kind, node_id, addresses, ollama.url.port)
         # What was made until now stays: without this every collection walks all of it.

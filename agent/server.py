@@ -22,6 +22,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from agent import in_flight, metrics
+from agent.pages import keep_out
 from agent.report import Report
 from agent.sampler import NotReady
 
@@ -45,9 +46,13 @@ class Reporter(Protocol):
 
 
 def make_app(
-    reporter: Reporter, *, token: str | None = None, clock: Callable[[], float] = time.monotonic
+    reporter: Reporter,
+    *,
+    token: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    listens_on: Iterable[str] = ("127.0.0.1",),
 ) -> web.Application:
-    """Return the agent's application.
+    """Return the agent's application, for a server that listens on these hosts.
 
     With ``token``, a caller who sends an ``Authorization: Bearer`` must send that one; callers without are
     served, but only those of this machine are believed.
@@ -55,6 +60,7 @@ def make_app(
     agent = _Agent(reporter, token, clock)
     app = web.Application(middlewares=[agent.say_errors_as_json])
     app.add_routes(agent.routes())
+    keep_out(app, lambda _, sentence: _error(403, sentence), listens_on=listens_on)
     return app
 
 

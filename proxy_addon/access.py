@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 
-import psutil
-
+from agent import host_header
 from proxy_addon.settings import OLLAMA_PORT
 
 HOPS_HEADER = "x-sollol-hops"  #: the proxies that a request has come through, comma-separated
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-LOCAL_SUFFIXES = (".localhost", ".local", ".internal")  # Ollama server/routes.go allowedHost
 LONGEST_LENGTH = 18  #: digits of a Content-Length: an exabyte
 NAMED_NODES = 10  #: so that a sentence about a large fleet stays a sentence
 
@@ -39,40 +36,11 @@ def client(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> Refus
 
 
 def host(header: str, extra: Sequence[str]) -> Refusal | None:
-    """403 for a Host that is not this machine's own: a foreign page whose name was rebound to loopback.
-
-    As Ollama does for a server on loopback (``allowedHostsMiddleware``): loopback, private and own addresses,
-    ``localhost``, the machine's name, local domains. Different: ``extra`` names can be configured, the answer
-    says why, and link-local addresses pass (an address in Host cannot be the work of DNS).
-    """
-    name = host_name(header)
-    if name in ("", "localhost", socket.gethostname().lower(), *extra) or name.endswith(LOCAL_SUFFIXES):
-        return None
-    ip = _address(name)
-    if ip and (ip.is_private or ip.is_loopback or ip.is_unspecified or ip.is_link_local or name in _own()):
+    """403 for a Host that is not this machine's own; ``extra`` names can be configured."""
+    name = host_header.name_of(header)
+    if host_header.is_own(name, extra):
         return None
     return Refusal(403, f"Host {name} is not a name of this server; guard.hosts lists further ones")
-
-
-def host_name(header: str) -> str:
-    """The name or address in a Host header, lower-case, without port and brackets."""
-    name = header.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.rpartition(":")[0] if name.count(":") == 1 else name
-
-
-def _address(name: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(name)
-    except ValueError:
-        return None
-
-
-def _own() -> set[str]:
-    """This machine's addresses; asked anew each time, for they change, and only odd Hosts ask."""
-    rows = (row for rows in psutil.net_if_addrs().values() for row in rows)
-    return {row.address.partition("%")[0] for row in rows if row.family in (socket.AF_INET, socket.AF_INET6)}
 
 
 def spellings(name: str, port: int) -> list[tuple[str, int]]:

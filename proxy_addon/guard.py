@@ -1,21 +1,24 @@
 """The first addon that a request meets: whoever may not ask, or not so, is refused before the body is read.
 
-Needs mitmproxy's ``keep_host_header``, or the Host of the client is lost in reverse mode.
+Pages are checked here and not by the nodes, since the proxy rewrites Host, on which a node's same-origin
+exemption rests. Needs mitmproxy's ``keep_host_header``, or the Host of the client is lost in reverse mode.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import MutableMapping
-from ipaddress import ip_address
 
 from mitmproxy import http
 from mitmproxy.proxy.mode_specs import ReverseMode
 
-from proxy_addon import access, cors, errors, record
+from agent import cors, host_header
+from proxy_addon import access, errors, record
 from proxy_addon.access import Refusal
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.settings import Address, Settings
+
+EXPOSED = "x-sollol-request-id,x-sollol-node"  #: headers of an answer that a page may read
 
 
 class Guard:
@@ -27,7 +30,7 @@ class Guard:
         self.fleet = fleet
         self._origins = cors.DEFAULT_ORIGINS + settings.guard.origins
         self._hosts = tuple(name.lower() for name in settings.guard.hosts)
-        self._checks_host = _is_loopback(settings.listen.host)
+        self._checks_host = host_header.is_loopback(settings.listen.host)
         addresses: tuple[Address, ...] = (settings.listen, *settings.nodes)
         #: What means the fleet besides its nodes' addresses: our own port, names with many addresses.
         self._named = {form for a in addresses for form in access.spellings(a.host, a.port)}
@@ -64,7 +67,7 @@ class Guard:
         """Tell the browser that its page may read the answer."""
         seen = record.of(flow)
         if flow.response and seen and seen.origin:
-            flow.response.headers.update(cors.answer_headers(seen.origin))
+            flow.response.headers.update(cors.answer_headers(seen.origin, EXPOSED))
 
     def _refusal(self, flow: http.HTTPFlow, limit_bytes: int | None) -> Refusal | None:
         guard, headers, peer = self.settings.guard, flow.request.headers, flow.client_conn.peername
@@ -106,10 +109,3 @@ def _reverse(flow: http.HTTPFlow) -> bool:
 def _preflight(flow: http.HTTPFlow, origin: str) -> http.Response:
     asked = flow.request.headers.get("access-control-request-headers", "")
     return http.Response.make(204, b"", cors.preflight_headers(origin, asked) if origin else {})
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -63,6 +64,10 @@ def serve(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads a model; 0 lets llama-server choose.")] = 0,
     parallel: Annotated[int, typer.Option(min=1, help="Requests a model serves at once.")] = 1,
     mdns: Mdns = True,
+    origins: Annotated[
+        str,
+        typer.Option(envvar="OLLAMA_ORIGINS", help="More web pages that may ask, by commas, as for Ollama."),
+    ] = "",
     state_dir: StateDir = None,
     verbose: Annotated[bool, typer.Option(help="Also log what llama-server logs.")] = False,
 ) -> None:
@@ -75,7 +80,10 @@ def serve(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
     )
     host, port = _listen(listen)
-    settings = _settings(host, port, agents, memory, threads, parallel, mdns, state_dir)
+    settings = replace(
+        _settings(host, port, agents, memory, threads, parallel, mdns, state_dir),
+        origins=[text.strip() for text in origins.split(",") if text.strip()],
+    )
     with _sentences(f"cannot serve on {listen}"):
         models = _models(model, store, settings.state_dir)
         asyncio.run(_serve(models, settings))
@@ -101,7 +109,7 @@ async def _serve(models: Models, settings: Settings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     node = Node(models, Runners(), settings.parallel, settings.threads)
-    await serve_node(node, settings.host, settings.port, stop, listening)
+    await serve_node(node, settings.host, settings.port, stop, listening, origins=settings.origins)
 
 
 def _coordinates(settings: Settings) -> bool:

@@ -49,6 +49,7 @@ class Settings:
     parallel: int = 1
     lends_bytes: int | None = None  #: the most that models may take of this machine; None: what is free
     mdns: bool = True
+    origins: Sequence[str] = ()  #: web pages that may ask, besides Ollama's defaults
 
 
 async def run(models: Models, settings: Settings, listening: Callable[[str, int], Awaitable[None]]) -> None:
@@ -100,7 +101,7 @@ async def run(models: Models, settings: Settings, listening: Callable[[str, int]
             )
         ]
         try:
-            await serve(node, settings.host, settings.port, stop, bound, routes)
+            await serve(node, settings.host, settings.port, stop, bound, routes, settings.origins)
         finally:
             for task in tasks:
                 task.cancel()

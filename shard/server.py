@@ -9,9 +9,21 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from agent.pages import keep_out
 from shard import inference, passthrough
 from shard.llama_server import candidates
-from shard.node import NODE, Node, errors, fresh, json_answer, read_body, replay, say_plan
+from shard.node import (
+    NODE,
+    PLAN_HEADER,
+    Node,
+    error_body,
+    errors,
+    fresh,
+    json_answer,
+    read_body,
+    replay,
+    say_plan,
+)
 from shard.runners import Runner
 from shard.translate import Refusal
 
@@ -123,11 +135,21 @@ ROUTES: tuple[tuple[str, str, Callable[..., object]], ...] = (
 )
 
 
-def make_app(node: Node, more: Iterable[web.RouteDef] = ()) -> web.Application:
-    """Return the application, with ``more`` routes; its cleanup ends the node's processes."""
+def _refuse_page(request: web.Request, sentence: str) -> web.Response:
+    return json_answer(error_body(request.path, 403, sentence), 403)
+
+
+def make_app(
+    node: Node, host: str, more: Iterable[web.RouteDef] = (), origins: Iterable[str] = ()
+) -> web.Application:
+    """Return the application, with ``more`` routes, to listen on ``host``; its cleanup ends all processes.
+
+    ``origins`` are patterns of web pages that may ask, besides Ollama's defaults.
+    """
     app = web.Application(middlewares=[errors, fresh, replay], client_max_size=MAX_BODY_BYTES)
     app[NODE] = node
     app.on_response_prepare.append(say_plan)
+    keep_out(app, _refuse_page, listens_on=[host], origins=origins, exposed=PLAN_HEADER)
     app.add_routes(more)
     for method, path, handler in ROUTES:
         app.router.add_route(method, path, handler)  # type: ignore[arg-type]
@@ -149,6 +171,7 @@ async def serve(
     stop: asyncio.Event,
     listening: Callable[[str, int], Awaitable[None]],
     more: Iterable[web.RouteDef] = (),
+    origins: Iterable[str] = (),
 ) -> None:
     """Serve until ``stop`` is set; ``listening`` is told the address, port 0 having become a real one.
 
@@ -158,7 +181,7 @@ async def serve(
     candidates()
     # A client that leaves cancels its handler, which closes the connection to llama-server.
     runner = web.AppRunner(
-        make_app(node, more),
+        make_app(node, host, more, origins),
         handler_cancellation=True,
         shutdown_timeout=SHUTDOWN_GRACE_S,
         access_log=None,

@@ -251,3 +251,15 @@ async def test_a_fault_is_a_clear_error_and_counted(start: Start, caplog: pytest
 )
 def test_is_loopback(remote: str | None, loopback: bool) -> None:
     assert server.is_loopback(SimpleNamespace(remote=remote)) is loopback  # type: ignore[arg-type]
+
+
+async def test_a_web_page_whose_name_was_rebound_reads_nothing(start: Start) -> None:
+    """The report names processes; who is in flight is believed from this machine, where the browser runs."""
+    agent = await start()
+    told = {"host": "evil.example", HEADER: "p1=3"}
+    assert await agent.get("/v1/report", **told) == (
+        403,
+        '{"error": "Host evil.example is not a name of this server"}',
+    )
+    assert (await agent.get("/v1/report", origin="https://evil.example"))[0] == 403
+    assert await agent.in_flight() is None

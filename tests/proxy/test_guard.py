@@ -8,7 +8,8 @@ from mitmproxy import http
 from mitmproxy.proxy.mode_specs import ProxyMode
 from mitmproxy.test import tflow
 
-from proxy_addon import access, cors, record
+from agent import cors
+from proxy_addon import access, record
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.guard import Guard
 from proxy_addon.intake import Intake

@@ -1,9 +1,8 @@
 """Which browser pages may ask, and the headers that tell them so: pure functions.
 
-CORS is done here and not by the nodes, since the proxy rewrites Host, on which a node's same-origin
-exemption rests. The defaults are those of Ollama v0.33 (``envconfig.AllowedOrigins``), the order of checks
-that of its middleware (gin-contrib/cors). Different from Ollama: a preflight is granted whatever headers it
-asks for, where Ollama lists them; who is refused is the same.
+The defaults are those of Ollama v0.33 (``envconfig.AllowedOrigins``), the order of checks that of its
+middleware (gin-contrib/cors). Different from Ollama: a preflight is granted whatever headers it asks for,
+where Ollama lists them; who is refused is the same.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ DEFAULT_ORIGINS: tuple[str, ...] = (
 
 METHODS = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
 MAX_AGE_S = 12 * 3600  # gin-contrib/cors' default
-EXPOSED = "x-sollol-request-id,x-sollol-node"
 
 
 def same_origin(origin: str, host: str) -> bool:
@@ -46,11 +44,11 @@ def _matches(origin: str, pattern: str) -> bool:
     return len(origin) >= len(head) + len(tail) and origin.startswith(head) and origin.endswith(tail)
 
 
-def answer_headers(origin: str) -> dict[str, str]:
-    """What an answer to a page of an admitted ``origin`` carries."""
+def answer_headers(origin: str, exposed: str) -> dict[str, str]:
+    """What an answer to a page of an admitted ``origin`` carries; it may read the headers ``exposed``."""
     return {
         "access-control-allow-origin": origin,
-        "access-control-expose-headers": EXPOSED,
+        "access-control-expose-headers": exposed,
         "vary": "Origin",
     }
 
