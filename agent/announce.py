@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 SERVICE_TYPE = "_sollol._tcp.local."
 RESOLVE_TIMEOUT_MS = 3000
+
+# Of TEST-NET-1 (RFC 5737): nobody's, so it is reached by the default route.
+_ANYWHERE = ("192.0.2.1", 9)
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +169,19 @@ def announceable(listen_hosts: Sequence[str]) -> list[str]:
         elif _reachable(host, address.version):
             found[host] = None
     return list(found)
+
+
+def likely_address() -> str | None:
+    """Return the address of this machine that others most likely reach: that of its default route.
+
+    Without one, any that is not loopback; None if there is none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(_ANYWHERE)  # sends nothing: the kernel chooses the address that it would send from
+        address = str(probe.getsockname()[0])
+        if _reachable(address, 4):
+            return address
+    return next(iter(announceable(["0.0.0.0"])), None)
 
 
 def _reachable(text: str, version: int) -> bool:

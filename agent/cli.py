@@ -122,20 +122,23 @@ def join(
     ] = None,
     state_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the agent keeps its state.", show_default="$XDG_STATE_HOME/sollol"),
+        typer.Option(
+            help="Where the agent keeps its state.",
+            show_default="for root that of the installed service, else $XDG_STATE_HOME/sollol",
+        ),
     ] = None,
 ) -> None:
     """Make this node a member of a fleet, so that coordinators may lease its memory."""
-    from agent import state
-    from agent.join import CannotJoin
-    from agent.join import join as enter
+    from agent.join import CannotJoin, join_and_say
+    from agent.state import state_dir_for
 
     given = context.parent.params.get("state_dir") if context.parent else None
+    directory = state_dir or given or state_dir_for("sollol-agent")
     try:
-        member = asyncio.run(enter(url, token, state_dir or given or state.state_dir(), name))
+        for line in asyncio.run(join_and_say(url, token, directory, name)):
+            typer.echo(line)
     except CannotJoin as error:
         _fail(str(error))
-    typer.echo(f"{member.name} has joined the fleet as {member.role}.")
     typer.echo("An agent that runs here already accepts tunnels once it is restarted.")
 
 

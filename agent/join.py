@@ -11,6 +11,7 @@ owner alone, until they are used or expire.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -24,7 +25,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 from aiohttp import web
@@ -48,6 +49,7 @@ NONCE_BYTES = 16
 LARGEST_MESSAGE_BYTES = 16384
 
 TIMEOUT_S = 10.0
+DOOR_S = 2.0
 
 _TOKEN = re.compile(r"sollol-([0-9a-f]{8})-([a-z2-7]{32})")
 _ID = re.compile(r"[0-9a-f]{8}")
@@ -182,7 +184,7 @@ class Tokens:
             "secret": token.secret.hex(),
             "expires_at_s": self._clock() + TOKEN_LIVES_S,
         }
-        pki.write_private(self._path(token.id), json.dumps(kept).encode())
+        state.write_private(self._path(token.id), json.dumps(kept).encode())
         return token
 
     def check(self, request: Request) -> tuple[pki.Role, bytes]:
@@ -194,6 +196,9 @@ class Tokens:
             if self._used(request.token_id).exists():
                 raise Refused("the token was used already; have a new one issued") from None
             raise Refused("the token is not known here; have a new one issued") from None
+        except (OSError, ValueError, KeyError) as error:
+            logger.error("%s cannot be read: %s", self._path(request.token_id), error)
+            raise Refused("the token cannot be read here; the coordinator's log says why") from error
         if not request.signed_with(secret):
             raise Refused("the request was not made with the token's secret")
         if self._clock() >= expires_at_s:
@@ -228,6 +233,11 @@ def init_fleet(directory: Path, name: str) -> pki.Identity:
     found = pki.identity(directory)
     if found is not None and pki.founded_here(directory):
         return found
+    if found is not None:
+        raise pki.PkiError(
+            f"{found.name} is a member of a fleet that was founded elsewhere, where its tokens are issued; "
+            f"to found another here, remove {pki.fleet_dir(directory)}"
+        )
     pki.create_ca(directory, name)
     key, csr = pki.new_request(name, state.node_id(directory))
     return pki.save_identity(
@@ -263,7 +273,14 @@ def handler(directory: Path) -> Callable[[web.Request], Awaitable[web.Response]]
 
     async def handle(request: web.Request) -> web.Response:
         try:
-            answered = answer(directory, await _bounded(request.content))
+            async with asyncio.timeout(TIMEOUT_S):
+                body = await _bounded(request.content)
+            answered = answer(directory, body)
+        except TimeoutError:
+            logger.warning("%s is too slow to join", request.remote)
+            refused = web.json_response({"error": "the request takes too long"}, status=408)
+            refused.force_close()
+            return refused
         except Refused as refused:
             logger.warning("%s may not join: %s", request.remote, refused)
             return web.json_response({"error": str(refused)}, status=403)
@@ -277,12 +294,19 @@ def handler(directory: Path) -> Callable[[web.Request], Awaitable[web.Response]]
 
 
 async def join(url: str, token: str, directory: Path, name: str | None = None) -> pki.Identity:
-    """Make the node with the state in ``directory`` a member of the fleet at ``url``; raises CannotJoin."""
-    if pki.founded_here(directory):
-        raise CannotJoin(f"a fleet was founded in {directory}; its founder cannot join another")
+    """Make the node with the state in ``directory`` a member of the fleet at ``url``; raises CannotJoin.
+
+    A member of another fleet leaves that one.
+    """
     given, where = Token.parse(token), _address(url)
     nonce = secrets.token_hex(NONCE_BYTES)
     try:
+        if pki.founded_here(directory):
+            raise CannotJoin(
+                f"a fleet was founded in {directory}; its founder cannot join another, unless you give it up "
+                f"by removing {pki.fleet_dir(directory)}"
+            )
+        _check_writable(pki.fleet_dir(directory))
         key, csr = pki.new_request(name or socket.gethostname(), state.node_id(directory))
         body = await _post(where, make_request(given, nonce, csr))
         ca, certificate = check_answer(body, given, nonce)
@@ -290,7 +314,48 @@ async def join(url: str, token: str, directory: Path, name: str | None = None) -
     except (pki.PkiError, ValueError) as error:
         raise CannotJoin(str(error)) from error
     except OSError as error:
-        raise CannotJoin(f"the certificate cannot be kept: {error}") from error
+        raise CannotJoin(
+            f"the certificate cannot be kept: {error.filename or directory}: {error.strerror}"
+        ) from error
+
+
+async def join_and_say(url: str, token: str, directory: Path, name: str | None = None) -> list[str]:
+    """Join as :func:`join` does; return what a person is to know of it, a line each."""
+    try:
+        before = pki.authority(directory) if pki.identity(directory) else None
+    except pki.PkiError:
+        before = None  # what was there cannot be used, and is replaced
+    member = await join(url, token, directory, name)
+    lines = [
+        f"{member.name} has joined the fleet as {member.role}.",
+        f"Its certificate is in {pki.fleet_dir(directory)}.",
+    ]
+    if before not in (None, pki.authority(directory)):
+        lines.append("It was a member of another fleet, which it has left.")
+    return lines
+
+
+async def door(url: str) -> Literal["open", "closed", "nobody"]:
+    """Return whether nodes may join at ``url``; it is closed where a server knows of no fleet.
+
+    Raises CannotJoin for what is no URL.
+    """
+    where = _address(url)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DOOR_S)) as session,
+            session.get(where) as response,
+        ):
+            return "open" if response.status == web.HTTPMethodNotAllowed.status_code else "closed"
+    except (aiohttp.ClientError, TimeoutError):
+        return "nobody"
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before a token is spent; raises OSError."""
+    probe = folder / "probe"
+    state.write_private(probe, b"")
+    probe.unlink()
 
 
 def _address(url: str) -> URL:

@@ -11,8 +11,6 @@ anew without it.
 
 from __future__ import annotations
 
-import os
-import secrets
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +23,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from agent import state
 
 Role = Literal["coordinator", "agent"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -58,15 +58,15 @@ def fleet_dir(directory: Path) -> Path:
 
 
 def founded_here(directory: Path) -> bool:
-    """Whether the fleet's authority, which signs certificates, is in ``directory``."""
-    return (fleet_dir(directory) / CA_KEY).exists()
+    """Whether the fleet's authority, which signs certificates, is in ``directory``; raises PkiError."""
+    return _is_there(fleet_dir(directory) / CA_KEY)
 
 
 def create_ca(directory: Path, name: str) -> None:
     """Found a fleet: make its authority. Raises PkiError where ``directory`` belongs to a fleet already."""
     folder = fleet_dir(directory)
     for each in (CA, CA_KEY, CERTIFICATE):
-        if (folder / each).exists():
+        if _is_there(folder / each):
             raise PkiError(f"there is a fleet in {folder} already; remove that directory to found another")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _name(f"SOLLOL fleet of {name}"))])
@@ -77,8 +77,8 @@ def create_ca(directory: Path, name: str) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    write_private(folder / CA_KEY, _pem(key))
-    write_private(folder / CA, certificate.public_bytes(serialization.Encoding.PEM))
+    state.write_private(folder / CA_KEY, _pem(key))
+    state.write_private(folder / CA, certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def new_request(name: str, node_id: str) -> tuple[bytes, bytes]:
@@ -142,13 +142,13 @@ def save_identity(directory: Path, ca: bytes, certificate: bytes, key: bytes) ->
     identity = _identity(member)
     folder = fleet_dir(directory)
     for name, content in ((CA, ca), (KEY, key), (CERTIFICATE, certificate)):
-        write_private(folder / name, content)
+        state.write_private(folder / name, content)
     return identity
 
 
 def identity(directory: Path) -> Identity | None:
     """Who this node is in its fleet; None if it joined none. Raises PkiError if that cannot be read."""
-    if not (fleet_dir(directory) / CERTIFICATE).exists():
+    if not _is_there(fleet_dir(directory) / CERTIFICATE):
         return None
     return _identity(_certificate(directory, CERTIFICATE))
 
@@ -184,21 +184,6 @@ def peer(certificate: Mapping[str, Any] | None) -> Identity:
     )
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write ``path`` whole or not at all, readable by its owner alone, as is its directory."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _between_members(context: ssl.SSLContext, directory: Path) -> ssl.SSLContext:
     folder = fleet_dir(directory)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -220,6 +205,17 @@ def _between_members(context: ssl.SSLContext, directory: Path) -> ssl.SSLContext
 
 
 _REMEDY = "remove the directory and join the fleet again"
+
+
+def _is_there(path: Path) -> bool:
+    """Unlike ``path.exists()`` not False for what may not be looked at: a member would pass for none."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise PkiError(f"{path} cannot be read: {error.strerror}") from error
+    return True
 
 
 def _read(path: Path) -> bytes:

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from agent.state import state_dir as default_state_dir
+from agent.state import state_dir_for
 
 if TYPE_CHECKING:
     from shard.models import Models, ServedModel
     from shard.serve import Settings
 
-DEFAULT_LISTEN = "127.0.0.1:11436"
+DEFAULT_PORT = 11436
+DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
+SERVICE = "sollol-shard"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +35,13 @@ StateDir = Annotated[
     Path | None,
     typer.Option(
         help="Where certificates, plans and hashes are kept.", show_default="$XDG_STATE_HOME/sollol"
+    ),
+]
+PreparedDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where `sollol shard serve` keeps its state.",
+        show_default="for root that of the installed service, else $XDG_STATE_HOME/sollol",
     ),
 ]
 AgentsOption = Annotated[
@@ -167,6 +177,15 @@ async def _plan(models: Models, name: str, ctx: int, settings: Settings, as_json
     return 1 if isinstance(found.planned, TooBig) else 0
 
 
+# Why nobody can join at a URL yet.
+_DOORS = {
+    "nobody": "But nobody answers at {url} yet: first start `sollol shard serve` so that it listens there "
+    f"(--listen 0.0.0.0:{DEFAULT_PORT}; without it, on loopback alone), or name with --url where it does.",
+    "closed": "But what answers at {url} takes nobody in yet: if it is this machine's `sollol shard serve`, "
+    "restart it.",
+}
+
+
 @app.command()
 def init(
     role: Annotated[
@@ -174,44 +193,59 @@ def init(
     ] = "agent",
     name: Annotated[str | None, typer.Option(help="This machine's name.", show_default="host name")] = None,
     url: Annotated[
-        str | None, typer.Option(help="Where this machine's `sollol shard serve` is reached.")
+        str | None,
+        typer.Option(
+            help="Where others reach this machine's `sollol shard serve`.",
+            show_default=f"this machine's address, port {DEFAULT_PORT}",
+        ),
     ] = None,
-    join: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL TOKEN", help="Join another coordinator's fleet instead; given twice."),
-    ] = None,
-    state_dir: StateDir = None,
+    state_dir: PreparedDir = None,
 ) -> None:
     """Found the fleet of machines that share models, the first time; print a token with which one may join.
 
     The token works once, for an hour, while `sollol shard serve` runs here.
     """
     from agent import pki
-    from agent.join import init_fleet, issue_token
-    from agent.join import join as join_fleet
+    from agent.announce import likely_address
+    from agent.join import door, init_fleet, issue_token
 
-    directory = state_dir or default_state_dir()
+    if role not in pki.ROLES:
+        raise typer.BadParameter(f"{role!r} is neither agent nor coordinator", param_hint="--for")
+    directory = state_dir or state_dir_for(SERVICE)
+    where = url or f"http://{likely_address() or socket.gethostname()}:{DEFAULT_PORT}"
     with _sentences("cannot found a fleet"):
-        if join:
-            if len(join) != 2:
-                raise typer.BadParameter(
-                    "--join is given twice: --join URL --join TOKEN", param_hint="--join"
-                )
-            joined = asyncio.run(join_fleet(join[0], join[1], directory, name))
-            typer.echo(f"joined as {joined.name}; `sollol shard serve` may now use the fleet's machines")
-            return
-        if role not in pki.ROLES:
-            raise typer.BadParameter(f"{role!r} is neither agent nor coordinator", param_hint="--for")
-        if pki.identity(directory) is None:
-            founder = init_fleet(directory, name or socket.gethostname())
-            typer.echo(f"founded a fleet in {pki.fleet_dir(directory)}, with {founder.name} as coordinator")
-        where = url or f"http://{socket.gethostname()}:{DEFAULT_LISTEN.rpartition(':')[2]}"
+        found = asyncio.run(door(where))
+        new = not pki.founded_here(directory)
+        founder = init_fleet(directory, name or socket.gethostname())
         token = issue_token(directory, "agent" if role == "agent" else "coordinator")
-    command = "sollol agent join" if role == "agent" else "sollol shard init --join"
-    between = " " if role == "agent" else " --join "
+    if new:
+        typer.echo(f"founded a fleet in {pki.fleet_dir(directory)}, with {founder.name} as coordinator")
+    command = "sollol agent join" if role == "agent" else "sollol shard join"
     typer.echo(
-        f"On the machine that shall join, within an hour, run once:\n\n  {command} {where}{between}{token}\n"
+        f"On the machine that shall join, within an hour, run once:\n\n  {command} {where} {token}\n\n"
+        f"and restart its {'agent' if role == 'agent' else '`sollol shard serve`'}. Where that is a service, "
+        "run it as root."
     )
+    if found != "open":
+        typer.echo(f"\n{_DOORS[found].format(url=where)}")
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The fleet's founder, as http://10.0.0.2:11436.")],
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="What `sollol shard init --for coordinator` printed there.")
+    ],
+    name: Annotated[str | None, typer.Option(help="This machine's name.", show_default="host name")] = None,
+    state_dir: PreparedDir = None,
+) -> None:
+    """Join the fleet that another machine founded, to coordinate models over it as well."""
+    from agent.join import join_and_say
+
+    with _sentences("cannot join"):
+        for line in asyncio.run(join_and_say(url, token, state_dir or state_dir_for(SERVICE), name)):
+            typer.echo(line)
+    typer.echo("`sollol shard serve` may use the fleet's machines once it is restarted.")
 
 
 def _settings(
@@ -313,7 +347,8 @@ class _sentences:
         ):
             _fail(str(error))
         if isinstance(error, OSError):
-            _fail(f"{self._what}: {error.strerror or error}")
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{self._what}: {where}{error.strerror or error}")
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -114,8 +114,8 @@ async def start_coordinator(stack: AsyncExitStack, settings: Settings, local: Lo
     context = pki.client_context(settings.state_dir) if member else None
     if member is not None and member.role != "coordinator":
         raise pki.PkiError(
-            f"this machine joined its fleet as an {member.role}; join it with a token of `sollol shard init "
-            "--for coordinator`"
+            f"{member.name} joined its fleet as an {member.role} alone; to coordinate, it joins by "
+            "`sollol shard join` with a token of `sollol shard init --for coordinator`"
         )
     agents = Agents(settings.agents, mdns=settings.mdns and member is not None)
     stack.push_async_callback(agents.close)

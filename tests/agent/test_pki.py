@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from agent import join, pki
+from agent import join, pki, state
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_a_member_cannot_sign_for_others(founder: Path, tmp_path: Path) -> None:
     # With its own certificate in the place of the authority's, what it signs must not count.
     folder = pki.fleet_dir(agent)
     forger = tmp_path / "forger"
-    pki.write_private(pki.fleet_dir(forger) / pki.CA, (folder / pki.CERTIFICATE).read_bytes())
-    pki.write_private(pki.fleet_dir(forger) / pki.CA_KEY, (folder / pki.KEY).read_bytes())
+    state.write_private(pki.fleet_dir(forger) / pki.CA, (folder / pki.CERTIFICATE).read_bytes())
+    state.write_private(pki.fleet_dir(forger) / pki.CA_KEY, (folder / pki.KEY).read_bytes())
     forged = member(forger, tmp_path / "forged", role="coordinator")
     leaf = pki.fleet_dir(forged) / pki.CERTIFICATE
     leaf.write_bytes(leaf.read_bytes() + (folder / pki.CERTIFICATE).read_bytes())  # the whole chain
