@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from agent.cpus import computing_threads
 
 BUFFER_BYTES = 64 << 20
 # One call of memchr, some tenths of a millisecond: short against a period, long against Python's own work.
@@ -48,7 +49,7 @@ class MemoryBandwidth:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._measure = measure or read_bytes_s
-        self._threads = threads or usable_cpus()
+        self._threads = threads or computing_threads()
         self._clock = clock
         self._results: deque[float] = deque(maxlen=KEPT)
         self._due_at_s = float("-inf")
@@ -60,13 +61,6 @@ class MemoryBandwidth:
             self._due_at_s = now_s + self._threads * SPAN_S / CPU_SHARE
             self._results.append(self._measure(self._threads))
         return max(self._results)
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def read_bytes_s(threads: int, span_s: float = SPAN_S, buffer_bytes: int = BUFFER_BYTES) -> float:

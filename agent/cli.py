@@ -57,6 +57,15 @@ def run(
             show_default="whatever is free",
         ),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            envvar="SOLLOL_AGENT_THREADS",
+            help="Threads that compute a sharded model's layers on this node's CPU.",
+            show_default="one for each core that may be used",
+        ),
+    ] = None,
 ) -> None:
     """Run the agent until it is interrupted."""
     if context.invoked_subcommand is not None:
@@ -78,6 +87,7 @@ def run(
             mdns=mdns,
             tunnel=None if tunnel is None else parse_listen(tunnel),
             lends_bytes=None if memory is None else parse_size(memory),
+            threads=threads,
         )
         asyncio.run(serve(settings))
     except (ValueError, CannotStart) as error:

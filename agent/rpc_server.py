@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import socket
 from collections import deque
@@ -22,6 +21,7 @@ import psutil
 
 from agent import llama_cpp
 from agent.child import dies_with_us
+from agent.cpus import computing_threads
 from agent.llama_cpp import GgmlDevice, Program
 from agent.report import Gpu, Host, Rpc, RpcDevice, RpcServer
 from agent.worker import Worker
@@ -232,9 +232,12 @@ class RpcProcess:
 class RpcServers:
     """The rpc-servers of this node. To have one costs nothing until :meth:`look` or :meth:`start`."""
 
-    def __init__(self, *, lends_bytes: int | None = None, ports: Sequence[int] = PORTS) -> None:
+    def __init__(
+        self, *, lends_bytes: int | None = None, threads: int | None = None, ports: Sequence[int] = PORTS
+    ) -> None:
         self.tunnel_port: int | None = None
         self.lends_bytes = lends_bytes
+        self.threads = threads
         self._ports = ports
         self._running: list[RpcProcess] = []
         self._gpus: Sequence[Gpu] = ()
@@ -298,7 +301,7 @@ class RpcServers:
                 f"llama-server of build {build}, but only equal builds understand each other"
             )
         name, settings = self._place(device, offered)
-        options = ["-d", name, "-t", str(threads or _cpu_count())]
+        options = ["-d", name, "-t", str(threads or self.threads or computing_threads())]
         for port in self._ports:
             if not _is_free(port):
                 continue
@@ -394,12 +397,6 @@ def _look() -> tuple[Program | None, str | None, tuple[GgmlDevice, ...]]:
     if not found.programs:
         return None, "; ".join(found.unusable) or "no ggml-rpc-server was found: put one on PATH", ()
     return found.programs[0], None, llama_cpp.ggml_devices("ggml-rpc-server")
-
-
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _is_free(port: int) -> bool:

@@ -44,6 +44,7 @@ class Settings:
     token: str | None = None
     mdns: bool = True
     lends_bytes: int | None = None
+    threads: int | None = None  #: of each rpc-server's CPU device
     tunnel: tuple[str, int] | None = None  #: where members of its fleet lease rpc-servers
 
 
@@ -76,7 +77,7 @@ async def run(settings: Settings) -> None:
             ollama = await stack.enter_async_context(OllamaClient(settings.ollama_url))
         except (OSError, ValueError) as error:
             raise CannotStart(str(error)) from error
-        rpc = RpcServers(lends_bytes=settings.lends_bytes)
+        rpc = RpcServers(lends_bytes=settings.lends_bytes, threads=settings.threads)
         stack.push_async_callback(rpc.close)
         sampler = Sampler(
             node_id=node_id,
@@ -84,7 +85,7 @@ async def run(settings: Settings) -> None:
             gpus=gpu.detect(),
             host=HostReader(find_store()),
             rpc=rpc,
-            memory_bandwidth=MemoryBandwidth().read,
+            memory_bandwidth=MemoryBandwidth(threads=settings.threads).read,
             kind=settings.kind,
         )
         await _open_tunnel(stack, settings, directory, rpc)

@@ -197,11 +197,8 @@ class Coordinator:
             reports, LOCAL, [LOCAL], given_back=self._given_back(model), build=self._build()
         )
         found = [self._beside_projector(host, launch) for host in found]
-        links = {
-            (LOCAL, host.name): await self._link(self.agents[host.name])
-            for host in found
-            if host.name != LOCAL
-        }
+        links, unreached = await self._links_to([host.name for host in found if host.name != LOCAL])
+        found = [host for host in found if host.name not in unreached]
         planned = await asyncio.to_thread(
             choose,
             shape,
@@ -213,7 +210,7 @@ class Coordinator:
             embeddings=launch.embeddings,
             coordinator=LOCAL,
         )
-        return Survey(shape, found, planned, left_out | dict(why) | dict(avoid or {}))
+        return Survey(shape, found, planned, left_out | dict(why) | unreached | dict(avoid or {}))
 
     async def shape(self, model: ServedModel) -> ModelShape:
         """Return what ``model`` weighs, read once."""
@@ -254,17 +251,36 @@ class Coordinator:
         smaller = replace(first, free_bytes=max(first.free_bytes - size, 0))
         return replace(host, devices=(smaller, *others))
 
+    async def _links_to(self, names: Sequence[str]) -> tuple[dict[tuple[str, str], Link], dict[str, str]]:
+        """Return the links to these nodes, and for those whose tunnel does not let us in the reason.
+
+        They are measured one after the other, lest they share what they measure.
+        """
+        links: dict[tuple[str, str], Link] = {}
+        unreached: dict[str, str] = {}
+        for name in names:
+            try:
+                links[LOCAL, name] = await self._link(self.agents[name])
+            except TunnelError as error:
+                unreached[name] = str(error)
+        return links, unreached
+
     async def _link(self, peer: Peer) -> Link:
-        known = self._links.get(peer.name)
-        if known is not None and time.monotonic() - known[0] < LINK_S:
-            return known[1]
+        at_s, known = self._links.get(peer.name, (float("-inf"), None))
+        age_s = time.monotonic() - at_s
+        if isinstance(known, Link) and age_s < LINK_S:
+            return known
+        if isinstance(known, TunnelError) and age_s < UNREACHED_S:
+            raise known
         assert self._context is not None
         try:
-            link = await measure(peer.host, self._tunnel_port(peer), self._context)
+            found: Link | TunnelError = await measure(peer.host, self._tunnel_port(peer), self._context)
         except TunnelError as error:
-            raise LlamaServerError(f"the link to {peer.name} cannot be measured: {error}") from error
-        self._links[peer.name] = (time.monotonic(), link)
-        return link
+            found = error
+        self._links[peer.name] = (time.monotonic(), found)
+        if isinstance(found, TunnelError):
+            raise found
+        return found
 
     def _tunnel_port(self, peer: Peer) -> int:
         port = peer.report.rpc.tunnel_port if peer.report and peer.report.rpc else None
@@ -315,14 +331,20 @@ class Coordinator:
         raise LlamaServerError(f"llama-server process has terminated: {ATTEMPTS} plans failed; {why}")
 
     async def _plan(self, model: ServedModel, launch: Launch) -> Plan:
-        """Plan without those who failed lately, with them if the model fits nowhere else. Raises NoRoom."""
+        """Plan without those who failed lately. Raises NoRoom.
+
+        Where the model does not fit the others, who failed first is taken back first.
+        """
         now_s = time.monotonic()
-        avoid = {node: why for node, (until_s, why) in self._blamed.items() if until_s > now_s}
+        blamed = [(until_s, node, why) for node, (until_s, why) in self._blamed.items() if until_s > now_s]
+        avoid = {node: why for _, node, why in sorted(blamed, reverse=True)}
         await self.agents.refresh(but=avoid)
         found = await self.survey(model, launch, avoid)
         if isinstance(found.planned, TooBig) and avoid:
             await self.agents.refresh()
-            found = await self.survey(model, launch)
+        while isinstance(found.planned, TooBig) and avoid:
+            avoid.popitem()
+            found = await self.survey(model, launch, avoid)
         if isinstance(found.planned, TooBig):
             without = "; ".join(f"{node} is left out: {why}" for node, why in found.left_out.items())
             raise NoRoom(too_big(model.name, found.planned) + (f" ({without})" if without else ""))
