@@ -28,8 +28,8 @@ def computing_threads() -> int:
 def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> float | None:
     """Return how many CPUs' time this process's cgroups allow it, None if they allow all.
 
-    ``membership`` lists the groups (cgroups(7)): version 2 has one of them, version 1 one for each controller.
-    Every group above counts too.
+    ``membership`` lists the groups (cgroups(7)): version 2 has one of them, version 1 one for each
+    controller. Every group above counts too.
     """
     try:
         lines = membership.read_text().splitlines()
