@@ -40,6 +40,9 @@ TELL_S = 1.0
 PING_S = 10.0
 # A coordinator needs one connection for a lease and one or two through it.
 MOST_CONNECTIONS = 256
+# A handshake takes milliseconds. When there are more at once, the oldest gives way: who only connects,
+# however often, keeps no member out.
+MOST_HANDSHAKES = 64
 
 
 class Servers(Protocol):
@@ -95,6 +98,7 @@ class TunnelServer:
         request_s: float = REQUEST_S,
         ping_s: float = PING_S,
         most_connections: int = MOST_CONNECTIONS,
+        most_handshakes: int = MOST_HANDSHAKES,
     ) -> None:
         self._servers = servers
         self._accept = accept
@@ -102,8 +106,11 @@ class TunnelServer:
         self._request_s = request_s
         self._ping_s = ping_s
         self._most_connections = most_connections
+        self._most_handshakes = most_handshakes
         self._listener: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], None] = {}  # of these, those not done; oldest first
+        self._members = 0
         self._leases: dict[str, _Lease] = {}
 
     async def start(self, host: str, port: int) -> int:
@@ -123,13 +130,18 @@ class TunnelServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _knocked(self, transport: asyncio.Transport) -> None:
-        if len(self._connections) >= self._most_connections:
-            logger.warning("refusing %s: there are too many connections", _peer(transport))
-            transport.abort()
-            return
+        if len(self._handshakes) >= self._most_handshakes:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
         task = asyncio.create_task(self._admit(transport))
         self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._handshakes[task] = None
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._connections.discard(task)
+        self._handshakes.pop(task, None)
 
     async def _admit(self, bare: asyncio.Transport) -> None:
         """Live the life of one connection."""
@@ -147,11 +159,21 @@ class TunnelServer:
             logger.info("refusing %s: %s", peer, error)
             bare.abort()
             return
+        except asyncio.CancelledError:
+            bare.abort()
+            raise
         if transport is None:
             return  # it was closed in the meantime
+        task = asyncio.current_task()
+        assert task is not None
+        self._handshakes.pop(task, None)
         lines.connection_made(transport)
+        self._members += 1
         try:
-            await self._serve(lines, pki.peer(transport.get_extra_info("peercert")))
+            member = pki.peer(transport.get_extra_info("peercert"))
+            if self._members > self._most_connections:
+                raise NoMessage("there are too many connections")
+            await self._serve(lines, member)
         except (NoMessage, pki.PkiError) as error:
             logger.info("hanging up on %s: %s", peer, error)
             lines.send({"ok": False, "error": str(error)})
@@ -161,6 +183,7 @@ class TunnelServer:
             transport.abort()
             raise
         finally:
+            self._members -= 1
             transport.close()
 
     async def _serve(self, lines: JsonLines, member: pki.Identity) -> None:
