@@ -12,7 +12,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from secrets import token_hex
@@ -46,6 +46,8 @@ BLAMED_S = 30.0
 STUCK_S = 300.0
 #: Links are measured again when they are used after so long.
 LINK_S = 600.0
+#: Who could not be reached through its tunnel is tried again after so long.
+UNREACHED_S = 5.0
 
 Phase = Literal["planning", "starting", "loading", "ready", "failed"]
 
@@ -139,7 +141,7 @@ class Coordinator:
         self._context = context
         self._threads = threads
         self._loads: dict[str, Load] = {}
-        self._links: dict[str, tuple[float, Link]] = {}
+        self._links: dict[str, tuple[float, Link | str]] = {}  # or why there is none
         self._blamed: dict[str, tuple[float, str]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._shapes: dict[str, ModelShape] = {}
@@ -266,21 +268,17 @@ class Coordinator:
         return links, unreached
 
     async def _link(self, peer: Peer) -> Link:
-        at_s, known = self._links.get(peer.name, (float("-inf"), None))
-        age_s = time.monotonic() - at_s
-        if isinstance(known, Link) and age_s < LINK_S:
+        at_s, known = self._links.get(peer.name, (float("-inf"), ""))
+        if time.monotonic() - at_s >= (LINK_S if isinstance(known, Link) else UNREACHED_S):
+            assert self._context is not None
+            try:
+                known = await measure(peer.host, self._tunnel_port(peer), self._context)
+            except TunnelError as error:
+                known = str(error)
+            self._links[peer.name] = (time.monotonic(), known)
+        if isinstance(known, Link):
             return known
-        if isinstance(known, TunnelError) and age_s < UNREACHED_S:
-            raise known
-        assert self._context is not None
-        try:
-            found: Link | TunnelError = await measure(peer.host, self._tunnel_port(peer), self._context)
-        except TunnelError as error:
-            found = error
-        self._links[peer.name] = (time.monotonic(), found)
-        if isinstance(found, TunnelError):
-            raise found
-        return found
+        raise TunnelError(known)
 
     def _tunnel_port(self, peer: Peer) -> int:
         port = peer.report.rpc.tunnel_port if peer.report and peer.report.rpc else None
