@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 POLL_S = 2.0
 ANSWER_S = 3.0
 AGENT_PORT = 11435
+#: A report with a thousand models takes 700 kB. Whoever announces himself is asked for one.
+LONGEST_REPORT_BYTES = 4 << 20
+#: Announcements cost nothing and are believed by asking; no more are kept.
+MOST_ANNOUNCED = 256
 #: A change of free memory by less is no news: planning goes by larger pieces.
 NEWS_BYTES = 256 << 20
 #: A report older than this is no ground for a plan.
@@ -132,9 +136,9 @@ class Agents:
     async def _ask(self, peer: Peer) -> None:
         try:
             async with self._http.get(peer.url / "v1/report") as answer:
-                body = await answer.read()
                 if answer.status != 200:
                     raise ValueError(f"its report is answered with {answer.status}")
+                body = await _bounded(answer.content)
             report = Report.model_validate_json(body)
         except (aiohttp.ClientError, TimeoutError, ValidationError, ValueError) as error:
             self._failed(peer, _reason(error))
@@ -155,21 +159,32 @@ class Agents:
         peer.error = reason
 
     def _on_announcement(self, node_id: str, node: announce.Announced | None) -> None:
-        if node is None:
-            name = self._announced.pop(node_id, None)
-            if name is not None:
-                self._peers.pop(name, None)
+        before = self._announced.get(node_id)
+        usable = [address for address in node.addresses if "%" not in address] if node is not None else []
+        if before is not None and (node is None or not _is_at(self._peers[before], usable, node.agent_port)):
+            del self._announced[node_id]
+            del self._peers[before]
+        if node is None or node.kind != "ollama" or node_id in self._announced or not usable:
             return
-        if node.kind != "ollama" or node_id in self._announced:
-            return
-        known = {peer.host for peer in self}
-        usable = [address for address in node.addresses if "%" not in address]
-        if not usable or known & set(usable):
+        if {peer.host for peer in self} & set(usable) or len(self._announced) >= MOST_ANNOUNCED:
             return
         peer = Peer(URL.build(scheme="http", host=usable[0], port=node.agent_port))
         self._announced[node_id] = peer.name
         self._peers[peer.name] = peer
         log.info("the agent at %s has announced itself", peer.url)
+
+
+def _is_at(peer: Peer, addresses: Sequence[str], port: int) -> bool:
+    return peer.host in addresses and peer.url.port == port
+
+
+async def _bounded(stream: aiohttp.StreamReader) -> bytes:
+    body = bytearray()
+    async for chunk in stream.iter_any():
+        body += chunk
+        if len(body) > LONGEST_REPORT_BYTES:
+            raise ValueError(f"its report is longer than {LONGEST_REPORT_BYTES} bytes")
+    return bytes(body)
 
 
 def _lends(report: Report | None) -> object:

@@ -223,6 +223,7 @@ class Coordinator:
     def _reports(self) -> tuple[dict[str, Report], dict[str, str]]:
         now_s = time.monotonic()
         reports, left_out = {LOCAL: self.local.report()}, {}
+        names: dict[str, str] = {}  # by the node's id: a machine that was named and announces itself is one
         for peer in self.agents:
             report = peer.fresh(now_s)
             if report is None:
@@ -231,6 +232,8 @@ class Coordinator:
                 left_out[peer.name] = "this machine has joined no fleet: run `sollol shard init`"
             elif peer.here and (report.rpc is None or report.rpc.lends_bytes is None):
                 left_out[peer.name] = "it is this machine's own agent"
+            elif (name := names.setdefault(report.node_id, peer.name)) != peer.name:
+                left_out[peer.name] = f"it is {name} under another address"
             else:
                 reports[peer.name] = report
         return reports, left_out
@@ -262,7 +265,7 @@ class Coordinator:
         unreached: dict[str, str] = {}
         for name in names:
             try:
-                links[LOCAL, name] = await self._link(self.agents[name])
+                links[LOCAL, name] = await self._link(self._peer(name))
             except TunnelError as error:
                 unreached[name] = str(error)
         return links, unreached
@@ -279,6 +282,12 @@ class Coordinator:
         if isinstance(known, Link):
             return known
         raise TunnelError(known)
+
+    def _peer(self, name: str) -> Peer:
+        try:
+            return self.agents[name]
+        except KeyError:
+            raise TunnelError(f"{name} has taken its leave") from None
 
     def _tunnel_port(self, peer: Peer) -> int:
         port = peer.report.rpc.tunnel_port if peer.report and peer.report.rpc else None
@@ -386,7 +395,7 @@ class Coordinator:
 
         async def take(node: str, device: str) -> Lease:
             assert self._context is not None
-            peer = self.agents[node]
+            peer = self._peer(node)
             return await Lease.open(
                 peer.host, self._tunnel_port(peer), self._context, device=device, build=build, threads=None
             )

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from agent.announce import Announced
 from agent.report import SCHEMA_VERSION
-from shard.agents import FRESH_S, Agents, agent_url, name_of
+from shard.agents import FRESH_S, LONGEST_REPORT_BYTES, MOST_ANNOUNCED, Agents, agent_url, name_of
 
 Serve = Callable[[Callable[[], web.Response]], Awaitable[str]]
 
@@ -87,6 +87,7 @@ async def test_a_report_is_kept_and_grows_old(serve: Serve) -> None:
         (lambda: web.json_response({"hello": "world"}), "no agent"),
         (lambda: web.Response(text="nonsense"), "no agent"),
         (lambda: web.Response(status=503, text="{}"), "503"),
+        (lambda: web.Response(body=b" " * (LONGEST_REPORT_BYTES + 1)), "longer than"),
     ],
 )
 async def test_what_is_no_report_is_said_and_the_last_one_stays(
@@ -142,5 +143,26 @@ async def test_announced_agents_come_and_go_and_coordinators_are_none() -> None:
     agents._on_announcement("a", None)
     agents._on_announcement("b", None)
     assert [peer.name for peer in agents] == ["10.9.0.2"]
+    await agents.close()
+
+
+async def test_an_announced_agent_that_has_moved_is_asked_where_it_is_and_lies_are_bounded() -> None:
+    agents = Agents()
+
+    def announce(node_id: str, *addresses: str, port: int = 11435) -> None:
+        agents._on_announcement(node_id, Announced(node_id, "ollama", addresses, port, 11434, "0.1.0"))
+
+    announce("a", "10.9.0.2", "fd00::2")
+    announce("a", "fd00::2", "10.9.0.2")  # the same place
+    assert [peer.name for peer in agents] == ["10.9.0.2"]
+    announce("a", "10.9.0.3")
+    assert [peer.name for peer in agents] == ["10.9.0.3"]
+    announce("a", "10.9.0.3", port=9)
+    assert [peer.name for peer in agents] == ["10.9.0.3:9"]
+    announce("a", "fe80::3%eth0")  # where nobody reaches it
+    assert list(agents) == []
+    for number in range(MOST_ANNOUNCED + 5):
+        announce(f"liar {number}", f"10.8.{number // 256}.{number % 256}")
+    assert len(list(agents)) == MOST_ANNOUNCED
     await agents.close()
     await asyncio.sleep(0)

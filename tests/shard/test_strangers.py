@@ -63,3 +63,12 @@ def test_a_member_of_another_fleet_is_left_out_and_the_rest_goes_on(
     assert found["status"] == 0
     assert [share["device"]["host"] for share in found["shares"]] == ["this machine"]  # type: ignore[attr-defined]
     assert "is no member of this fleet" in found["left_out"][stranger]  # type: ignore[index]
+
+
+def test_a_machine_under_two_names_counts_once(stranger: str, tmp_path: Path, gguf_path: Path) -> None:
+    """Named by an address and by a name, or named and announced."""
+    port = stranger.rpartition(":")[2]
+    found = plan(tmp_path / "other", gguf_path, "--agents", f"{stranger},localhost:{port}", "--memory", "0B")
+    shares = found["shares"]
+    assert {share["device"]["host"] for share in shares} == {stranger}  # type: ignore[attr-defined]
+    assert found["left_out"] == {f"localhost:{port}": f"it is {stranger} under another address"}
