@@ -19,6 +19,7 @@ from aiohttp import web
 
 from agent.ollama import names
 from agent.report import ShardLoad
+from shard import bodies
 from shard.chat_template import ChatTemplate, chat_template
 from shard.go_template import TemplateError, Unsupported
 from shard.llama_server import LlamaServer
@@ -65,7 +66,7 @@ _TOO_LONG = ("too large", "exceed", "context size", "context length")
 async def chat(request: web.Request) -> web.StreamResponse:
     """POST /api/chat."""
     answer = _Answer(request, chat_object)
-    node, ask = request.app[NODE], await read_body(request)
+    node, ask = request.app[NODE], await read_body(request, bodies.Chat)
     model = node.models.find(ask.get("model"))
     asked = messages_of(ask)
     if not asked and keep_alive_of(ask) == 0:
@@ -95,7 +96,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
 async def generate(request: web.Request) -> web.StreamResponse:
     """POST /api/generate."""
     answer = _Answer(request, generate_object)
-    node, ask = request.app[NODE], await read_body(request)
+    node, ask = request.app[NODE], await read_body(request, bodies.Generate)
     model = node.models.find(ask.get("model"))
     if not ask.get("prompt") and keep_alive_of(ask) == 0:
         return await _unload(request, ask, model, generate_object)
@@ -283,7 +284,7 @@ def _filled(render: Callable[[], str]) -> str:
 async def embed(request: web.Request) -> web.StreamResponse:
     """POST /api/embed."""
     started = time.monotonic_ns()
-    node, ask = request.app[NODE], await read_body(request)
+    node, ask = request.app[NODE], await read_body(request, bodies.Embed)
     model = node.models.find(ask.get("model"), 'model "{}" not found, try pulling it first')
     inputs, options = embed_inputs(ask), options_of(ask, model)
     async with node.lease(model, ask, options, embeddings=True) as runner:
@@ -305,7 +306,7 @@ async def embed(request: web.Request) -> web.StreamResponse:
 
 async def embeddings(request: web.Request) -> web.StreamResponse:
     """POST /api/embeddings, the older form: one text, a vector that is not normalised."""
-    node, ask = request.app[NODE], await read_body(request)
+    node, ask = request.app[NODE], await read_body(request, bodies.Embeddings)
     model = node.models.find(ask.get("model"), 'model "{}" not found, try pulling it first')
     async with node.lease(model, ask, options_of(ask, model), embeddings=True) as runner:
         if not ask.get("prompt"):
@@ -375,10 +376,14 @@ class _Answer:
         again: Callable[[], Awaitable[Mapping[str, Any]]] | None,
     ) -> AsyncGenerator[dict[str, Any]]:
         tokens: list[int] = []
+        silent: list[int] = []
         async with contextlib.aclosing(_pieces(server, path, body, reply)) as pieces:
             async for piece in pieces:
-                tokens += piece.tokens
-                # Half of a character that spans tokens has no text of its own yet.
+                # Half of a character that spans tokens has no text of its own yet. A token that never gets
+                # one, such as the end's, belongs to no context: Ollama takes it from the text.
+                silent += piece.tokens
+                if piece.content or piece.thinking:
+                    tokens, silent = tokens + silent, []
                 if piece.content or piece.thinking or piece.tool_calls or piece.logprobs:
                     yield self._object(piece)
         if again is not None and isinstance(reply, RenderedReply) and reply.interrupted:

@@ -17,6 +17,7 @@ import zstandard
 from aiohttp import web
 
 from agent.report import ShardLoad
+from shard import bodies
 from shard.llama_server import LlamaServerError
 from shard.models import Models, ServedModel
 from shard.options import keep_alive_s, resolve
@@ -133,8 +134,8 @@ def options_of(ask: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
         raise Refusal(400, str(error)) from error
 
 
-async def read_body(request: web.Request) -> dict[str, Any]:
-    """Return the JSON object of a request. Raises Refusal if there is none."""
+async def read_body(request: web.Request, shape: type | None = None) -> dict[str, Any]:
+    """Return the JSON object of a request, of a ``shape`` of :mod:`shard.bodies`. Raises Refusal."""
     raw = await request.read()
     if request.path.startswith("/v1/") and request.headers.get("Content-Encoding") == "zstd":
         raw = _unpacked(raw)
@@ -146,6 +147,8 @@ async def read_body(request: web.Request) -> dict[str, Any]:
         raise Refusal(400, f"invalid JSON: {error}") from error
     if not isinstance(body, dict):
         raise Refusal(400, "the request body must be a JSON object")
+    if shape is not None:
+        bodies.check(body, shape)
     return body
 
 
@@ -192,8 +195,13 @@ def error_body(path: str, status: int, message: str) -> dict[str, Any]:
 STARTED = "started"
 
 
-async def say_plan(_: web.Request, response: web.StreamResponse) -> None:
+# Whether the answer's head is on its way, after which no other answer can be given.
+_ANSWERED = "answered"
+
+
+async def say_plan(request: web.Request, response: web.StreamResponse) -> None:
     """Name the plan that serves this answer, in a header."""
+    request[_ANSWERED] = True
     if (plan_id := _plan_id.get()) is not None:
         response.headers[PLAN_HEADER] = plan_id
 
@@ -219,6 +227,11 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return web.Response(text=_PLAIN[error.status], status=error.status, headers=headers)
+    except Exception:
+        if request.get(_ANSWERED) and STARTED not in request:
+            raise  # nothing but the connection's end can say it
+        log.exception("%s failed", request.path)
+        status, message = 500, "internal error; the node's log says more"
     started: web.StreamResponse | None = request.get(STARTED)
     if started is not None:
         await started.write(orjson.dumps(error_body(request.path, status, message)) + b"\n")

@@ -72,6 +72,8 @@ def resolve(
             values[name] = _typed(name, OPTIONS[name].kind, value)
     num_ctx = values["num_ctx"] if values["num_ctx"] > 0 else DEFAULT_NUM_CTX
     values["num_ctx"] = min(num_ctx, context_length) if context_length else num_ctx
+    if values["num_batch"] <= 0:
+        values["num_batch"] = OPTIONS["num_batch"].default  # llama-server would abort at the first prompt
     if embeds and (given or {}).get("num_batch") is None:
         values["num_batch"] = min(EMBEDDING_NUM_BATCH, values["num_ctx"])
     return values

@@ -7,6 +7,8 @@ none, and the shape of errors.
 
 from __future__ import annotations
 
+import base64
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import orjson
 from aiohttp import web
 
 from agent.ollama import names
+from shard import bodies
 from shard.chat_template import ChatTemplate
 from shard.llama_server import LlamaServer
 from shard.models import ServedModel
@@ -22,16 +25,18 @@ from shard.options import sampling_fields
 from shard.prompts import Render, fitted, whole
 from shard.replies import error_message
 from shard.runners import Runner
-from shard.translate import Refusal, generate_messages
+from shard.translate import ANY_OBJECT, Refusal, generate_messages, response_format, shorten
 
 # Ollama's OpenAI layer starts from these, not the model's (openai/openai.go); its Anthropic layer does not.
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 _ANTHROPIC = "/v1/messages"
+_CHAT = "/v1/chat/completions"
+_SHAPES = {_CHAT: bodies.Conversation, _ANTHROPIC: bodies.Conversation, "/v1/embeddings": bodies.Embed}
 
 # A client's own limit may have any of these names; without one Ollama's open-ended budget applies.
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
-_SAMPLED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_SAMPLED = {_CHAT, "/v1/completions", "/v1/responses", _ANTHROPIC}
 
 
 def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,19 +48,26 @@ def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any])
         del defaults["stop"]
     if any(ask.get(limit) is not None for limit in _LIMITS):
         del defaults["n_predict"]
-    return defaults | {key: value for key, value in ask.items() if value is not None}
+    given = {key: value for key, value in ask.items() if value is not None}
+    if given.get("response_format") == {"type": "json_object"}:
+        given["response_format"] = response_format(ANY_OBJECT)
+    return defaults | given
 
 
 async def forward(request: web.Request) -> web.StreamResponse:
     """POST to one of llama-server's own routes."""
-    node, ask = request.app[NODE], await read_body(request)
-    if request.path == "/v1/messages":
+    node, ask = request.app[NODE], await read_body(request, _SHAPES.get(request.path))
+    if request.path == _ANTHROPIC:
         _check_anthropic(ask)
+    if request.path == _CHAT and not ask.get("messages"):
+        raise Refusal(400, "[] is too short - 'messages'")
     model = node.models.find(ask.get("model"))
     _check_capabilities(model, ask, request.path)
     options = options_of({}, model)
     embeddings = request.path == "/v1/embeddings"
     async with node.lease(model, {}, options, embeddings=embeddings) as runner, runner.slots:
+        if embeddings and ask.get("dimensions"):
+            return await _shortened(runner, ask)
         asked = await _prompted(runner.server, model, request.path, ask, options)
         return await _relay(request, runner, ask, upstream_body(request.path, asked, options))
 
@@ -80,7 +92,7 @@ async def _prompted(
 
         prompt = await fitted(server, asked, render, options["num_ctx"])
         return {key: value for key, value in ask.items() if key != "suffix"} | {"prompt": prompt.ids}
-    if path not in ("/v1/chat/completions", _ANTHROPIC):
+    if path not in (_CHAT, _ANTHROPIC):
         return dict(ask)
     system = ask.get("system") if path == _ANTHROPIC else None
     given = [*([{"role": "system", "content": system}] if system else []), *(ask.get("messages") or [])]
@@ -97,6 +109,17 @@ async def _prompted(
     return {**ask, "messages": messages}
 
 
+async def _shortened(runner: Runner, ask: Mapping[str, Any]) -> web.Response:
+    """Answer a request for embeddings of fewer dimensions, which llama-server does not know."""
+    body = {"input": ask.get("input"), "encoding_format": "float"}
+    answer = await whole(runner.server, "/v1/embeddings", body)
+    for row in answer["data"]:
+        row["embedding"] = shorten(row["embedding"], ask["dimensions"])
+        if ask.get("encoding_format") == "base64":
+            row["embedding"] = base64.b64encode(array("f", row["embedding"]).tobytes()).decode()
+    return json_answer(answer | {"model": ask["model"]})
+
+
 def _rendering(template: ChatTemplate) -> Render:
     async def render(messages: Sequence[Mapping[str, Any]]) -> str:
         return template.render(messages)
@@ -109,6 +132,8 @@ def _text(message: Mapping[str, Any]) -> str | None:
     content = message.get("content")
     if content is None or isinstance(content, str):
         return content or ""
+    if not isinstance(content, list):
+        raise Refusal(400, "a message's content must be a string or a list")
     if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         return None
     return "".join(str(part.get("text") or "") for part in content)

@@ -87,13 +87,17 @@ async def show(request: web.Request) -> web.Response:
     return json_answer(await asyncio.to_thread(model.show, verbose=bool(ask.get("verbose"))))
 
 
+_FIXED = (
+    "this node serves the files that it was started with, or that Ollama stores beside it, and changes none; "
+    "ask Ollama itself"
+)
+
+
 async def pull(request: web.Request) -> web.StreamResponse:
     """POST /api/pull: a model that is here is pulled already; another cannot be had."""
     ask = await read_body(request)
     name = ask.get("model") or ask.get("name")
-    request.app[NODE].models.find(
-        name, "cannot pull '{}': this node serves the GGUF files it was started with (--model NAME=PATH)"
-    )
+    request.app[NODE].models.find(name, "cannot pull '{}': " + _FIXED)
     if ask.get("stream") is False:
         return json_answer({"status": "success"})
     steps = ("pulling manifest", "verifying sha256 digest", "success")
@@ -104,8 +108,9 @@ async def pull(request: web.Request) -> web.StreamResponse:
 async def fixed(request: web.Request) -> web.Response:
     """Refuse what would change the set of models."""
     ask = await read_body(request)
-    request.app[NODE].models.find(ask.get("model") or ask.get("name") or ask.get("source"))
-    raise Refusal(400, "this node serves the GGUF files it was started with and cannot change them")
+    if request.path != "/api/create":  # which names what is not there yet
+        request.app[NODE].models.find(ask.get("model") or ask.get("name") or ask.get("source"))
+    raise Refusal(400, _FIXED)
 
 
 # Method, path, handler; aiohttp answers HEAD wherever GET is.

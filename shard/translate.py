@@ -22,6 +22,10 @@ IMAGE_TOKENS = 768
 
 THINK_LEVELS = ("high", "medium", "low", "max")
 
+# What Ollama's format "json" and OpenAI's "json_object" promise. llama-server (b10434) constrains nothing for
+# a json_object without a schema, and takes "{}" as a schema for any JSON value.
+ANY_OBJECT = {"type": "object"}
+
 TOO_LONG = (
     "the prompt is longer than the context length currently available to the model; shorten the prompt, "
     "adjust the context length in settings, or use a model with a longer context length"
@@ -66,11 +70,7 @@ def chat_body(request: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
         level = {"reasoning_effort": think} if isinstance(think, str) else {}
         body["chat_template_kwargs"] = {"enable_thinking": bool(think)} | level
     if (schema := _format(request.get("format"))) is not None:
-        body["response_format"] = (
-            {"type": "json_object"}
-            if schema == "json"
-            else {"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}}
-        )
+        body["response_format"] = response_format(schema)
     return body
 
 
@@ -110,8 +110,7 @@ def completion_body(
     if (top := _top_logprobs(request)) is not None:
         body["n_probs"] = max(top, 1)
     if (schema := _format(request.get("format"))) is not None:
-        # "{}" as a schema allows any JSON value; Ollama's format "json" promises an object.
-        body["json_schema"] = {"type": "object"} if schema == "json" else schema
+        body["json_schema"] = schema
     return body
 
 
@@ -206,7 +205,7 @@ def embed_inputs(request: Mapping[str, Any]) -> list[str]:
 
 def shorten(vector: Sequence[float], dimensions: int | None) -> list[float]:
     """Return the first ``dimensions`` of a unit vector, scaled to length one again (Matryoshka models)."""
-    if not dimensions or dimensions >= len(vector):
+    if not dimensions or not 0 < dimensions < len(vector):
         return list(vector)
     cut = vector[:dimensions]
     norm = math.sqrt(sum(x * x for x in cut)) or 1.0
@@ -296,9 +295,16 @@ def think_of(request: Mapping[str, Any]) -> bool | str | None:
     )
 
 
-def _format(given: Any) -> Any:
+def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what keeps an answer of llama-server's chat route to ``schema``."""
+    return {"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}}
+
+
+def _format(given: Any) -> Mapping[str, Any] | None:
     if given is None or given == "":
         return None
-    if given == "json" or isinstance(given, Mapping):
+    if given == "json":
+        return ANY_OBJECT
+    if isinstance(given, Mapping):
         return given
     raise Refusal(400, f'invalid format: {json.dumps(given)}; expected "json" or a valid JSON Schema object')

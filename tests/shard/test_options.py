@@ -45,6 +45,11 @@ def test_an_embedding_model_takes_a_text_in_one_batch(
     assert resolve(None, trained)["num_batch"] == 512
 
 
+@pytest.mark.parametrize("given", [0, -1])
+def test_a_batch_of_nothing_is_the_usual_one(given: int) -> None:
+    assert resolve({"num_batch": given}, None)["num_batch"] == 512
+
+
 @pytest.mark.parametrize(
     ("asked", "sent"), [(-1, 5120), (-2, 5120), (5121, 5120), (5120, 5120), (0, 0), (7, 7), (7.9, 7)]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import anthropic
 import openai
 import pytest
@@ -46,6 +48,48 @@ def test_openai_completions_embeddings_and_models(gpt: openai.OpenAI, node: Shar
     assert theirs == pytest.approx(list(ours), abs=1e-3)
     assert [model.id for model in gpt.models.list()] == [node.model]
     assert gpt.models.retrieve(node.model).id == node.model
+
+
+def test_openai_json_mode_answers_in_json(gpt: openai.OpenAI, node: ShardNode) -> None:
+    answer = gpt.chat.completions.create(
+        model=node.model,
+        messages=[{"role": "user", "content": 'A list of {"warm": true}\n{"warm": false}\n'}],
+        temperature=0,
+        max_tokens=40,
+        response_format={"type": "json_object"},
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_openai_embeddings_of_fewer_dimensions(gpt: openai.OpenAI, node: ShardNode, encoding: str) -> None:
+    ours = node.client.embed(node.model, "a fish", dimensions=3).embeddings[0]
+    settings = {"model": node.model, "input": "a fish", "dimensions": 3}
+    theirs = gpt.embeddings.create(
+        **settings, **({"encoding_format": "float"} if encoding == "float" else {})
+    )
+    assert theirs.data[0].embedding == pytest.approx(list(ours), abs=1e-3)
+    assert theirs.model == node.model
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hi", "messages must be a list"),
+        (["hi"], "messages[0] must be an object"),
+        ([{"role": "user", "content": 5}], "a message's content must be a string or a list"),
+        ([], None),
+    ],
+)
+def test_malformed_conversations_are_refused_in_the_protocols_shape(
+    node: ShardNode, path: str, messages: object, says: str | None
+) -> None:
+    body = {"model": node.model, "messages": messages, "max_tokens": 3}
+    answer = node.http.post(path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+    assert says in (None, error["message"])
 
 
 def test_openai_requests_may_be_zstd(node: ShardNode) -> None:

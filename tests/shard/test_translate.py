@@ -84,9 +84,7 @@ def test_format_on_both_routes() -> None:
     schema = {"type": "object"}
     wrapped = {"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}}
     assert chat_body({"messages": [], "format": schema}, OPTIONS)["response_format"] == wrapped
-    assert chat_body({"messages": [], "format": "json"}, OPTIONS)["response_format"] == {
-        "type": "json_object"
-    }
+    assert chat_body({"messages": [], "format": "json"}, OPTIONS)["response_format"] == wrapped
     assert completion_body({"format": {"enum": [1]}}, OPTIONS, "")["json_schema"] == {"enum": [1]}
     assert completion_body({"format": "json"}, OPTIONS, "")["json_schema"] == {"type": "object"}
     assert "json_schema" not in completion_body({"format": ""}, OPTIONS, "")
