@@ -1,6 +1,7 @@
 """Leases, as a coordinator holds them: of servers that echo, and of real rpc-servers of real agents."""
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -72,6 +73,38 @@ async def test_the_endpoint_leads_to_the_server(members: Members, servers: EchoS
     await held.close()
     with pytest.raises(ConnectionError):
         await echoed(held, b"x")
+
+
+async def test_fifty_leases_leave_nothing_behind(members: Members, servers: EchoServers, port: int) -> None:
+    """Neither a socket nor a task, at either end, however a lease was used and ended."""
+
+    async def use(number: int) -> None:
+        held = await open_lease(members, port)
+        assert await echoed(held, b"x") == b"x"
+        if number % 3 == 1:
+            held.reset()
+        if number % 3 == 2:
+            servers.started[-1].exit(1)
+            await held.lost
+        await held.close()
+        servers.started.clear()
+
+    await use(0)
+    before = await settled()
+    for number in range(50):
+        await use(number)
+    assert await settled() == before
+
+
+async def settled() -> tuple[int, int]:
+    """File descriptors and tasks, once connections that are closing have closed."""
+    process, found, seen = psutil.Process(), (0, 0), (-1, -1)
+    while found != seen:
+        seen = found
+        await asyncio.sleep(0.3)
+        gc.collect()
+        found = process.num_fds(), len(asyncio.all_tasks())
+    return found
 
 
 async def test_the_end_of_either_side_is_the_end_of_the_other(
