@@ -27,7 +27,7 @@ from shard.hosts import hosts as hosts_of
 from shard.llama_server import Launch, LlamaServerError
 from shard.models import ServedModel
 from shard.options import resolve
-from shard.plan import Host, Plan, TooBig, choose
+from shard.plan import Host, Plan, TooBig, choose, largest_num_ctx
 from shard.plan_journal import PlanJournal
 from shard.reporter import LocalMachine
 from shard.runners import NoRoom
@@ -69,6 +69,7 @@ class Survey:
     hosts: list[Host]
     planned: Plan | TooBig
     left_out: dict[str, str]
+    links: Mapping[tuple[str, str], Link]
 
 
 @dataclass(eq=False)
@@ -167,9 +168,10 @@ class Coordinator:
             resolve({"num_ctx": num_ctx}, model.header.context_length), parallel=parallel, threads=0
         )
         try:
-            planned = (await self.survey(model, launch)).planned
+            found = await self.survey(model, launch)
         except LlamaServerError as error:
             return ShardModel(model=model.name, fits=False, why=str(error))
+        planned = found.planned
         if isinstance(planned, TooBig):
             return ShardModel(
                 model=model.name,
@@ -180,10 +182,26 @@ class Coordinator:
         return ShardModel(
             model=model.name,
             fits=True,
-            largest_num_ctx=num_ctx,
+            largest_num_ctx=await self._largest_num_ctx(model, launch, found),
             decode_tok_s=1000 / planned.ms_per_token if planned.ms_per_token else None,
             prefill_tok_s=planned.prefill_tok_s,
             load_s=planned.load_s,
+        )
+
+    async def _largest_num_ctx(self, model: ServedModel, launch: Launch, found: Survey) -> int | None:
+        """Return up to which context a model fits that fits at that of ``launch``; None: any."""
+        trained = model.header.context_length
+        if trained is None:
+            return None
+        return await asyncio.to_thread(
+            largest_num_ctx,
+            found.shape,
+            found.hosts,
+            found.links,
+            most=max(trained, launch.num_ctx),
+            parallel=launch.parallel,
+            num_batch=launch.num_batch,
+            coordinator=LOCAL,
         )
 
     # Planning
@@ -212,7 +230,7 @@ class Coordinator:
             embeddings=launch.embeddings,
             coordinator=LOCAL,
         )
-        return Survey(shape, found, planned, left_out | dict(why) | unreached | dict(avoid or {}))
+        return Survey(shape, found, planned, left_out | dict(why) | unreached | dict(avoid or {}), links)
 
     async def shape(self, model: ServedModel) -> ModelShape:
         """Return what ``model`` weighs, read once."""

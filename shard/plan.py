@@ -183,6 +183,33 @@ def plan(
     maps (coordinator, other) to the link between them; a host without one cannot take part. Raises
     ValueError where no host could coordinate: none has the model, or ``coordinator`` is no known host.
     """
+    fleet = _fleet(hosts, links, coordinator)
+    task = _Task(shape, num_ctx, parallel, num_batch, embeddings)
+    if not fleet.fits(task):
+        return fleet.too_big(task)
+    return fleet.best(task)
+
+
+def largest_num_ctx(
+    shape: ModelShape,
+    hosts: Sequence[Host],
+    links: Mapping[tuple[str, str], Link],
+    *,
+    most: int,
+    parallel: int = 1,
+    num_batch: int = 512,
+    coordinator: str | None = None,
+) -> int | None:
+    """Return the largest context up to ``most`` at which :func:`plan` finds room, None if there is none.
+
+    Below ``most`` it is a multiple of :data:`CTX_STEP`.
+    """
+    fleet = _fleet(hosts, links, coordinator)
+    task = _Task(shape, most, parallel, num_batch, embeddings=False)
+    return most if fleet.fits(task) else fleet.largest_num_ctx(task)
+
+
+def _fleet(hosts: Sequence[Host], links: Mapping[tuple[str, str], Link], coordinator: str | None) -> _Fleet:
     candidates = [
         host for host in hosts if (host.has_model if coordinator is None else host.name == coordinator)
     ]
@@ -190,15 +217,11 @@ def plan(
         raise ValueError(
             "no host has the model's file" if coordinator is None else f"{coordinator} is no known host"
         )
-    fleet = _Fleet(
+    return _Fleet(
         tuple(sorted(hosts, key=lambda host: host.name)),
         links,
         tuple(sorted(host.name for host in candidates)),
     )
-    task = _Task(shape, num_ctx, parallel, num_batch, embeddings)
-    if not fleet.fits(task):
-        return fleet.too_big(task)
-    return fleet.best(task)
 
 
 def choose(
@@ -446,11 +469,7 @@ class _Fleet:
         def fits_with(steps: int) -> bool:
             return self.with_more(freest, steps * MISSING_STEP_BYTES).fits(task)
 
-        def fits_at(steps: int) -> bool:
-            return self.fits(replace(task, num_ctx=steps * CTX_STEP))
-
         most = (task.needed_bytes + max(-freest.free_bytes, 0)) // MISSING_STEP_BYTES + 1
-        largest = _first(1, (task.num_ctx - 1) // CTX_STEP + 1, lambda steps: not fits_at(steps)) - 1
         return TooBig(
             missing_bytes=_first(1, most, fits_with) * MISSING_STEP_BYTES,
             needed_bytes=task.needed_bytes,
@@ -458,8 +477,17 @@ class _Fleet:
                 max(device.free_bytes, 0) for host in self.usable() for device in host.devices
             ),
             num_ctx=task.num_ctx,
-            largest_num_ctx=largest * CTX_STEP or None,
+            largest_num_ctx=self.largest_num_ctx(task),
         )
+
+    def largest_num_ctx(self, task: _Task) -> int | None:
+        """At which context ``task``, which is too big at its own, would fit."""
+
+        def too_big_at(steps: int) -> bool:
+            return not self.fits(replace(task, num_ctx=steps * CTX_STEP))
+
+        steps = _first(1, (task.num_ctx - 1) // CTX_STEP + 1, too_big_at) - 1
+        return steps * CTX_STEP or None
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.links import Link
 from shard import plan as planning
-from shard.plan import Device, Host, Plan, TooBig, plan
+from shard.plan import Device, Host, Plan, TooBig, largest_num_ctx, plan
 from shard.shape import LayerShape, ModelShape, compute_buffer_bytes, input_buffer_bytes, kv_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -286,6 +286,10 @@ def test_the_largest_context_is_the_largest_that_fits() -> None:
     assert largest is not None and 0 < largest < 32_000 and largest % 256 == 0
     assert isinstance(plan(shape, hosts, {}, num_ctx=largest), Plan)
     assert isinstance(plan(shape, hosts, {}, num_ctx=largest + 256), TooBig)
+    # The same is said of a model that fits at a smaller one, up to what it was trained for.
+    assert largest_num_ctx(shape, hosts, {}, most=32_000) == largest
+    assert largest_num_ctx(shape, hosts, {}, most=1000) == 1000
+    assert largest_num_ctx(model(*layers(20)), hosts, {}, most=4096) is None
 
 
 def test_no_context_fits_what_has_too_many_weights() -> None:
