@@ -1,4 +1,5 @@
-"""``sollol demo``: three nodes with agents and the proxy on this machine, a real model, and one node's death.
+"""``sollol demo``: three nodes with agents and the proxy on this machine, a real model, and one node's death;
+then a model over two nodes that have no room for it alone.
 
 Everything is a process of its own on loopback, on free ports, with its state in a temporary directory; all of
 it is gone afterwards. Each act states what it shows and fails the demo if it did not hold.
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from proxy_addon import demo_shard
 from proxy_addon.demo_stage import READY_LIMIT_S, DemoFailed, Stage, clean_environment, free_ports
 
 MODEL = "gemma3:270m"
@@ -69,13 +71,14 @@ async def _run(console: Console, keep: bool) -> str | None:
         stage = Stage(console, state, session)
         stack.push_async_callback(stage.stop)
         try:
-            async with asyncio.timeout(READY_LIMIT_S + 4 * STEP_LIMIT_S):
-                await _set_up(stage)
+            async with asyncio.timeout(READY_LIMIT_S + 5 * STEP_LIMIT_S):
+                model = await _set_up(stage)
                 await _chat(stage)
                 await _dozen(stage)
                 await _kill_one(stage)
                 await _openai(stage)
                 await _http_proxy(stage)
+                await demo_shard.show(stage, model)
         except DemoFailed as failure:
             return str(failure)
         except TimeoutError:
@@ -86,7 +89,8 @@ async def _run(console: Console, keep: bool) -> str | None:
     return None
 
 
-async def _set_up(stage: Stage) -> None:
+async def _set_up(stage: Stage) -> Path:
+    """Start all but the last act's. Returns the model's file."""
     stage.act("Three nodes, an agent for each, one proxy")
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=stage.console
@@ -96,10 +100,10 @@ async def _set_up(stage: Stage) -> None:
         model = Path(await asyncio.to_thread(assemble))
         progress.update(step, completed=1, total=1)
 
-        ports = free_ports(2 * NODES + 2)
-        stage.port, stage.regular_port = ports[:2]
-        stage.node_ports = ports[2 : 2 + NODES]
-        agent_ports = ports[2 + NODES :]
+        ports = free_ports(2 * NODES + 3)
+        stage.port, stage.regular_port, stage.shard_port = ports[:3]
+        stage.node_ports = ports[3 : 3 + NODES]
+        agent_ports = ports[3 + NODES :]
         step = progress.add_task("starting the nodes", total=NODES)
         for index, (port, agent_port) in enumerate(zip(stage.node_ports, agent_ports, strict=True), 1):
             await stage.start(
@@ -119,9 +123,13 @@ async def _set_up(stage: Stage) -> None:
             f'{{host: 127.0.0.1, port: {port}, agent: "http://127.0.0.1:{agent_port}"}}'
             for port, agent_port in zip(stage.node_ports, agent_ports, strict=True)
         ]
+        # Down until the last act starts it.
+        nodes.append(f"{{host: 127.0.0.1, port: {stage.shard_port}, kind: shard}}")
         config = stage.state / "sollol.yaml"
         config.write_text(
-            "discovery: {mdns: false, ollama_host: false}\nnodes:\n- " + "\n- ".join(nodes) + "\n"
+            "discovery: {mdns: false, ollama_host: false}\n"
+            f'shard: {{models: ["{demo_shard.MODEL}"]}}\n'
+            "nodes:\n- " + "\n- ".join(nodes) + "\n"
         )
         await stage.start(
             "proxy", "proxy", "--listen", f"127.0.0.1:{stage.port}", "--config", str(config),
@@ -134,28 +142,13 @@ async def _set_up(stage: Stage) -> None:
     stage.holds(
         names == [MODEL], f"one server at {stage.url} has the models of {NODES} nodes: {', '.join(names)}"
     )
+    return model
 
 
 async def _chat(stage: Stage) -> None:
     stage.act("A chat, streamed through the official ollama client")
-    ollama = import_module("ollama")
-    pieces = 0
-    stage.console.print(f"[bold]{PROMPTS[0]}[/]", end="")
-    stream = await ollama.AsyncClient(host=stage.url).chat(
-        model=MODEL,
-        messages=[{"role": "user", "content": PROMPTS[0]}],
-        stream=True,
-        options={"temperature": 0, "num_predict": 24},
-    )
-    last = None
-    async for part in stream:
-        stage.console.print(part.message.content, end="", markup=False)
-        pieces += bool(part.message.content)
-        last = part
-    stage.console.print()
-    stage.holds(
-        last is not None and bool(last.done) and pieces > 1, f"{pieces} pieces came one by one, then done"
-    )
+    said = await stage.chat(MODEL, PROMPTS[0])
+    stage.holds(said.done and said.pieces > 1, f"{said.pieces} pieces came one by one, then done")
 
 
 async def _ask(stage: Stage, prompt: str, tokens: int, seen: list[dict[str, Any]]) -> None:
@@ -237,7 +230,7 @@ async def _busiest(stage: Stage) -> int:
     busiest: list[tuple[int, int]] = []
 
     async def all_busy() -> bool:
-        rows = (await stage.get(f"{stage.url}/sollol/nodes"))["nodes"]
+        rows = await _node_rows(stage)
         busiest[:] = sorted((row["in_flight"], int(row["name"].rpartition(":")[2])) for row in rows)
         return busiest[0][0] > 0
 
@@ -295,7 +288,11 @@ async def _answers(stage: Stage, url: str) -> bool:
 
 async def _fleet_is_up(stage: Stage) -> bool:
     tags = await stage.get(f"{stage.url}/api/tags")
-    fleet = await stage.get(f"{stage.url}/sollol/nodes")
-    if not (tags and tags["models"] and fleet):
-        return False
-    return [row["state"] for row in fleet["nodes"]] == ["up"] * NODES
+    states = [row["state"] for row in await _node_rows(stage)]
+    return bool(tags and tags["models"]) and states == ["up"] * NODES
+
+
+async def _node_rows(stage: Stage) -> list[dict[str, Any]]:
+    """What the proxy knows of the nodes, the coordinator left out; empty while it does not answer."""
+    fleet = await stage.get(f"{stage.url}/sollol/nodes") or {"nodes": []}
+    return [row for row in fleet["nodes"] if row["kind"] != "shard"]

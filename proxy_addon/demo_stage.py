@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class Service:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+@dataclass(frozen=True)
+class Said:
+    """What came of a streamed chat."""
+
+    pieces: int
+    done: bool
+    headers: dict[str, str]
+
+
 @dataclass
 class Stage:
     """What runs, and where to print."""
@@ -46,6 +56,7 @@ class Stage:
     session: aiohttp.ClientSession
     port: int = 0
     regular_port: int = 0
+    shard_port: int = 0  #: of the coordinator, which starts in the last act
     node_ports: list[int] = field(default_factory=list)
     services: dict[str, Service] = field(default_factory=dict)
 
@@ -94,6 +105,28 @@ class Stage:
         )
         out, _ = await process.communicate()
         return process.returncode or 0, out.decode(errors="replace").rstrip()
+
+    async def chat(self, model: str, prompt: str) -> Said:
+        """Stream a chat of the proxy through the ollama client, and print it as it comes."""
+
+        async def note(response: Any) -> None:
+            headers.update(response.headers)
+
+        headers: dict[str, str] = {}
+        client = import_module("ollama").AsyncClient(host=self.url, event_hooks={"response": [note]})
+        self.console.print(f"[bold]{prompt}[/]", end="")
+        pieces, done = 0, False
+        async for part in await client.chat(
+            model=model,
+            messages=[{"role": "user", "content": prompt}],
+            stream=True,
+            options={"temperature": 0, "num_predict": 24},
+        ):
+            self.console.print(part.message.content, end="", markup=False)
+            pieces += bool(part.message.content)
+            done = bool(part.done)
+        self.console.print()
+        return Said(pieces, done, headers)
 
     async def stop(self) -> None:
         """End every child: politely, then by force."""
