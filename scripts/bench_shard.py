@@ -1,9 +1,11 @@
 """``make bench-shard``: what a model over several hosts costs and gains, with real llama.cpp and Gemma.
 
-    python scripts/bench_shard.py [--repeat 5] [--tokens 64] [--only overhead,plan,survival] [--json FILE]
+    python scripts/bench_shard.py [--repeat 20] [--tokens 24] [--only overhead,plan,survival] [--json FILE]
 
 Hosts are network namespaces of this machine (``tests/lab``). Within a part everything that is compared runs
-at the same time and is asked in turns: quote the ratios, not the single figures of a shared machine.
+at the same time and is asked in many short turns. A ratio is the median of those within each turn, so that
+load which comes and goes hits both of its sides: quote the ratios, not the single figures of a shared
+machine.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_shard_subjects import NUM_CTX, Answer, Fleet, Lender, Llama, Subject
+from bench_shard_subjects import LLAMA_PORT, NUM_CTX, Answer, Fleet, Lender, Llama, Subject
 
 from tests.lab import Lab, LabError
 
@@ -37,13 +39,23 @@ Row = dict[str, Any]
 Part = Callable[[Path, Path, argparse.Namespace], Row]
 
 
+#: What of an answer is compared.
+SPEEDS: dict[str, Callable[[Answer], float]] = {
+    "tok_s": lambda answer: answer.tok_s,
+    "decode_tok_s": lambda answer: answer.decode_tok_s,
+    "prefill_tok_s": lambda answer: answer.prefill_tok_s,
+}
+#: A long prompt takes as long as several short answers.
+SHORT_TURNS_PER_LONG = 4
+
+
 def in_turns(subjects: Sequence[Subject], repeat: int, prompt: str, tokens: int) -> dict[str, list[Answer]]:
-    """Warm each up, then ask all in turns. No prompt begins as another, so none is found in a cache."""
+    """Warm each up, then ask all in turns, to and fro. No prompt begins as another: none is in a cache."""
     for subject in subjects:
         subject.ask(f"warm up. {prompt}", tokens)
     answers: dict[str, list[Answer]] = {subject.name: [] for subject in subjects}
     for turn in range(repeat):
-        for subject in subjects:
+        for subject in subjects if turn % 2 == 0 else reversed(subjects):
             answers[subject.name].append(subject.ask(f"{turn}. {prompt}", tokens))
     return answers
 
@@ -53,47 +65,66 @@ def spread(figures: Sequence[float]) -> Row:
     return {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
 
 
-def compared(subjects: Sequence[Subject], options: argparse.Namespace) -> Row:
-    """Speeds of each subject; ratios are those of the first subject's medians."""
+def ratio(figures: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within each turn."""
+    return statistics.median(own / other for own, other in zip(figures, others, strict=True))
+
+
+def compared(subjects: Sequence[Subject], options: argparse.Namespace, against: Sequence[str]) -> Row:
+    """Speeds of each subject, and their ratios to those of the subjects ``against``."""
     short = in_turns(subjects, options.repeat, PROMPT, options.tokens)
-    long = in_turns(subjects, options.repeat, LONG_PROMPT, 1)
-    rows = {
-        name: {
-            "tok_s": spread([answer.tok_s for answer in short[name]]),
-            "decode_tok_s": spread([answer.decode_tok_s for answer in short[name]]),
-            "prefill_tok_s": spread([answer.prefill_tok_s for answer in long[name]]),
+    long = in_turns(subjects, max(1, options.repeat // SHORT_TURNS_PER_LONG), LONG_PROMPT, 1)
+    figures = {
+        subject.name: {
+            speed: [of(answer) for answer in (long if speed == "prefill_tok_s" else short)[subject.name]]
+            for speed, of in SPEEDS.items()
         }
-        for name in short
+        for subject in subjects
     }
-    first = rows[subjects[0].name]
-    for row in rows.values():
-        row["ratio"] = {key: row[key]["median"] / first[key]["median"] for key in first if key != "ratio"}
-    print(f"{'':34}{'tok/s':>8}{'spread':>14}{'ratio':>7}{'decode':>9}{'ratio':>7}{'prefill':>9}{'ratio':>7}")
-    for name, row in rows.items():
-        low, high = row["tok_s"]["min"], row["tok_s"]["max"]
-        print(
-            f"{name:34}{row['tok_s']['median']:8.2f}{f'{low:.2f}-{high:.2f}':>14}{row['ratio']['tok_s']:7.2f}"
-            f"{row['decode_tok_s']['median']:9.2f}{row['ratio']['decode_tok_s']:7.2f}"
-            f"{row['prefill_tok_s']['median']:9.1f}{row['ratio']['prefill_tok_s']:7.2f}"
-        )
+    rows: Row = {
+        name: {speed: spread(values) for speed, values in own.items()}
+        | {"ratio": {base: {s: ratio(own[s], figures[base][s]) for s in SPEEDS} for base in against}}
+        for name, own in figures.items()
+    }
+    table(rows, against)
     return rows
 
 
+def table(rows: Row, against: Sequence[str]) -> None:
+    """Print medians, the spread of the first, and a column of ratios for each of ``against`` and speed."""
+    bases = "".join(f"{f'÷ {base}':^24}" for base in against)
+    print(f"{'':42}{'':38}{bases}")
+    ratios = f"{'tok/s':>8}{'decode':>8}{'prefill':>8}" * len(against)
+    print(f"{'':42}{'tok/s':>8}{'spread':>14}{'decode':>8}{'prefill':>8}{ratios}")
+    for name, row in rows.items():
+        low, high = row["tok_s"]["min"], row["tok_s"]["max"]
+        decode, prefill = row["decode_tok_s"]["median"], row["prefill_tok_s"]["median"]
+        print(
+            f"{name:42}{row['tok_s']['median']:8.2f}{f'{low:.2f}-{high:.2f}':>14}{decode:8.2f}{prefill:8.1f}"
+            + "".join(f"{row['ratio'][base][speed]:8.2f}" for base in against for speed in SPEEDS)
+        )
+
+
 def overhead(logs: Path, gguf: Path, options: argparse.Namespace) -> Row:
-    """Proxy, coordinator and two RPC backends on one host's loopback, against llama-server alone."""
+    """Proxy, coordinator and two RPC backends on one host's loopback, against llama.cpp by itself."""
     with Lab("machine", "b") as lab:
         host = lab["machine"]
         lenders = [Lender(host, HALF, number, loopback=True) for number in (1, 2)]
-        fleet = Fleet("fleet", host, logs, gguf, lenders)
+        fleet = Fleet("coordinator", host, logs, gguf, lenders)
         proxied = fleet.proxy()
+        fleet.subject.ask(PROMPT, 1)
+        held = shown(fleet)
+        # The same split, so that what is compared is SOLLOL's own part.
+        split = ",".join(str(share["layers"] + share["output"]) for share in held["shares"])
+        raw = ("--no-repack", "-ngl", "all", "-ts", split)
         subjects: list[Subject] = [
-            Llama("llama-server alone", host, logs, gguf),
-            Llama("llama-server, 2 rpc-servers", host, logs, gguf, [host, host], "-ngl", "all", port=8090),
+            Llama("alone", host, logs, gguf),
+            Llama("alone, --no-repack", host, logs, gguf, (), "--no-repack", port=LLAMA_PORT + 10),
+            Llama("raw RPC", host, logs, gguf, [host, host], *raw, port=LLAMA_PORT + 20),
             fleet.subject,
             proxied,
         ]
-        rows = compared(subjects, options)
-        return {"speeds": rows, "plan": shown(fleet)}
+        return {"speeds": compared(subjects, options, ["alone", "raw RPC"]), "plan": held}
 
 
 def plan(logs: Path, gguf: Path, options: argparse.Namespace) -> Row:
@@ -111,7 +142,7 @@ def plan(logs: Path, gguf: Path, options: argparse.Namespace) -> Row:
             lenders = [Lender(worker, memory, number) for number, worker in enumerate(workers)]
             fleet = Fleet("sollol", lab["coordinator"], logs, gguf, lenders)
             default = Llama("default split", lab["coordinator"], logs, gguf, workers, "-ngl", "all")
-            rows = compared([default, fleet.subject], options)
+            rows = compared([default, fleet.subject], options, ["default split"])
             result[case] = {"cpu": shares, "rtt_ms": RTT_MS, "speeds": rows, "plan": shown(fleet)}
     return result
 
@@ -123,7 +154,7 @@ def survival(logs: Path, gguf: Path, options: argparse.Namespace) -> Row:
     def took(what: str, seconds: float) -> None:
         times.setdefault(what, []).append(seconds)
 
-    for turn in range(max(1, options.repeat // 2)):
+    for turn in range(options.deaths):
         for way in ("killed", "cut off"):
             with Lab("coordinator", "a", "b") as lab:
                 lenders = [Lender(lab[name], PLENTY, number) for number, name in enumerate("ab")]
@@ -170,8 +201,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=20, help="turns of short answers")
+    parser.add_argument("--tokens", type=int, default=24, help="of a short answer")
+    parser.add_argument("--deaths", type=int, default=3, help="of a host, each way, in survival")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--logs", type=Path, help="keep all logs there")
