@@ -17,9 +17,10 @@ from typing import Any
 
 import psutil
 
-from agent import pki
+from agent import membership
 from agent.json_lines import JsonLines, Message, NoMessage
 from agent.links import Link, measure_over
+from agent.peer_uid import is_foreign
 from agent.rpc_server import HOST, START_TIMEOUT_S, RpcSample
 from agent.splice import Splice
 
@@ -46,7 +47,7 @@ class Lease:
     ) -> None:
         self.id = str(answer["id"])
         self.build = str(answer["build"])
-        self.agent = pki.peer(lines.transport.get_extra_info("peercert"))
+        self.agent = membership.peer(lines.transport.get_extra_info("peercert"))
         self.endpoint = ""  #: "127.0.0.1:PORT", for ``llama-server --rpc``
         self.direct = False  #: whether the endpoint is the rpc-server's own, for it runs on this machine
         self.latest: RpcSample | None = None
@@ -81,7 +82,7 @@ class Lease:
             answer = await ask(lines, wanted, address(host, port), START_TIMEOUT_S + ANSWER_S)
             lease = cls(lines, (host, port), context, answer)
             await lease._begin(int(answer["port"]), int(answer["local_pid"]))
-        except (KeyError, ValueError, TypeError, pki.PkiError) as error:
+        except (KeyError, ValueError, TypeError, membership.PkiError) as error:
             lines.transport.abort()
             raise TunnelError(f"{address(host, port)} answers what no agent answers") from error
         except BaseException:
@@ -207,7 +208,10 @@ class Lease:
 
 
 class _Local(Splice):
-    """A connection of llama-server, which is not read before its tunnel stands."""
+    """A connection of llama-server, which is not read before its tunnel stands.
+
+    Other users' connections are reset: a rpc-server obeys whoever reaches it.
+    """
 
     def __init__(self, accept: Any, ended: Any) -> None:
         super().__init__(ended=ended)
@@ -216,6 +220,10 @@ class _Local(Splice):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.pause_reading()
+        if is_foreign(transport.get_extra_info("peername")):
+            logger.warning("another user of this machine was kept from a rpc-server")
+            self.reset()
+            return
         self._accept(self)
 
 

@@ -11,12 +11,9 @@ anew without it.
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -25,11 +22,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent import state
-
-Role = Literal["coordinator", "agent"]
-ROLES: tuple[Role, ...] = get_args(Role)
-
-CA, CA_KEY, CERTIFICATE, KEY = "ca.pem", "ca.key", "identity.pem", "identity.key"
+from agent.membership import CA as CA
+from agent.membership import CA_KEY as CA_KEY
+from agent.membership import CERTIFICATE as CERTIFICATE
+from agent.membership import KEY as KEY
+from agent.membership import REMEDY, as_identity, is_member, is_there, read
+from agent.membership import ROLES as ROLES
+from agent.membership import Identity as Identity
+from agent.membership import PkiError as PkiError
+from agent.membership import Role as Role
+from agent.membership import client_context as client_context
+from agent.membership import fleet_dir as fleet_dir
+from agent.membership import peer as peer
+from agent.membership import server_context as server_context
 
 VALID_FOR = timedelta(days=3650)
 # A member whose clock is behind must still find its new certificate valid.
@@ -39,34 +44,16 @@ CLOCKS_DIFFER_BY = timedelta(days=1)
 NAME_LENGTH = 64
 
 
-class PkiError(Exception):
-    """A certificate, key or request does not serve; the text is one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Whom a certificate names."""
-
-    name: str
-    role: Role
-    node_id: str
-
-
-def fleet_dir(directory: Path) -> Path:
-    """Where the certificates of the node with the state in ``directory`` lie."""
-    return directory / "fleet"
-
-
 def founded_here(directory: Path) -> bool:
     """Whether the fleet's authority, which signs certificates, is in ``directory``; raises PkiError."""
-    return _is_there(fleet_dir(directory) / CA_KEY)
+    return is_there(fleet_dir(directory) / CA_KEY)
 
 
 def create_ca(directory: Path, name: str) -> None:
     """Found a fleet: make its authority. Raises PkiError where ``directory`` belongs to a fleet already."""
     folder = fleet_dir(directory)
     for each in (CA, CA_KEY, CERTIFICATE):
-        if _is_there(folder / each):
+        if is_there(folder / each):
             raise PkiError(f"there is a fleet in {folder} already; remove that directory to found another")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _name(f"SOLLOL fleet of {name}"))])
@@ -148,97 +135,28 @@ def save_identity(directory: Path, ca: bytes, certificate: bytes, key: bytes) ->
 
 def identity(directory: Path) -> Identity | None:
     """Who this node is in its fleet; None if it joined none. Raises PkiError if that cannot be read."""
-    if not _is_there(fleet_dir(directory) / CERTIFICATE):
+    if not is_member(directory):
         return None
     return _identity(_certificate(directory, CERTIFICATE))
 
 
 def authority(directory: Path) -> bytes:
     """Return the certificate of the fleet's authority, PEM; raises PkiError."""
-    return _read(fleet_dir(directory) / CA)
-
-
-def server_context(directory: Path) -> ssl.SSLContext:
-    """The context that accepts members of this node's fleet and nobody else; raises PkiError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # a session is never resumed
-    return _between_members(context, directory)
-
-
-def client_context(directory: Path) -> ssl.SSLContext:
-    """The context that connects to members of this node's fleet and nobody else; raises PkiError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    return _between_members(context, directory)
-
-
-def peer(certificate: Mapping[str, Any] | None) -> Identity:
-    """Whom the verified certificate of the other side names, from ``SSLObject.getpeercert``.
-
-    Raises PkiError for a certificate that the authority signed but that is not a member's.
-    """
-    pairs: Iterable[tuple[tuple[str, str], ...]] = (certificate or {}).get("subject", ())
-    subject = dict(pair for pairs_of_one in pairs for pair in pairs_of_one)
-    return _as_identity(
-        subject.get("commonName"), subject.get("organizationalUnitName"), subject.get("serialNumber")
-    )
-
-
-def _between_members(context: ssl.SSLContext, directory: Path) -> ssl.SSLContext:
-    folder = fleet_dir(directory)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    for name in (CA, CERTIFICATE, KEY):
-        _read(folder / name)
-    try:
-        context.load_verify_locations(folder / CA)
-    except (ssl.SSLError, OSError) as error:
-        raise PkiError(f"{folder / CA} does not hold a certificate; {_REMEDY}") from error
-    try:
-        context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
-    except (ssl.SSLError, OSError) as error:
-        raise PkiError(
-            f"{folder / CERTIFICATE} and {KEY} do not hold a certificate and its key; {_REMEDY}"
-        ) from error
-    return context
-
-
-_REMEDY = "remove the directory and join the fleet again"
-
-
-def _is_there(path: Path) -> bool:
-    """Unlike ``path.exists()`` not False for what may not be looked at: a member would pass for none."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise PkiError(f"{path} cannot be read: {error.strerror}") from error
-    return True
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise PkiError(f"{path} is missing; this node is no member of a fleet until it joins one") from error
-    except OSError as error:
-        raise PkiError(f"{path} cannot be read: {error.strerror}") from error
+    return read(fleet_dir(directory) / CA)
 
 
 def _certificate(directory: Path, name: str) -> x509.Certificate:
     path = fleet_dir(directory) / name
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificate(read(path))
     except ValueError as error:
-        raise PkiError(f"{path} does not hold a certificate; {_REMEDY}") from error
+        raise PkiError(f"{path} does not hold a certificate; {REMEDY}") from error
 
 
 def _ca_key(directory: Path) -> ec.EllipticCurvePrivateKey:
     path = fleet_dir(directory) / CA_KEY
     try:
-        key = serialization.load_pem_private_key(_read(path), None)
+        key = serialization.load_pem_private_key(read(path), None)
     except (ValueError, TypeError) as error:
         raise PkiError(f"{path} does not hold a private key; found the fleet anew") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -248,18 +166,11 @@ def _ca_key(directory: Path) -> ec.EllipticCurvePrivateKey:
 
 def _identity(certificate: x509.Certificate) -> Identity:
     subject = certificate.subject
-    return _as_identity(
+    return as_identity(
         _one(subject, NameOID.COMMON_NAME),
         _one(subject, NameOID.ORGANIZATIONAL_UNIT_NAME),
         _one(subject, NameOID.SERIAL_NUMBER),
     )
-
-
-def _as_identity(name: str | None, role: str | None, node_id: str | None) -> Identity:
-    known: Role | None = next((each for each in ROLES if each == role), None)
-    if not name or known is None or not node_id:
-        raise PkiError("the certificate does not name a node, its role and its id")
-    return Identity(name, known, node_id)
 
 
 def _one(subject: x509.Name, oid: x509.ObjectIdentifier) -> str:

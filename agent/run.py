@@ -126,28 +126,24 @@ async def _listen(
 
 async def _open_tunnel(stack: AsyncExitStack, settings: Settings, directory: Path, rpc: RpcServers) -> None:
     """Let members of this node's fleet, if it belongs to one, lease rpc-servers."""
-    if not (directory / "fleet").is_dir():
-        return
-    # Imported here, for an agent on its own needs no certificates.
-    from agent import pki
+    # Imported here, for an agent on its own needs none of it.
+    from agent import membership
     from agent.tunnel import PORT, TunnelServer
 
     host, port = settings.tunnel or (settings.listen[0][0], PORT)
     try:
-        member = pki.identity(directory)
-        if member is None:
+        if not membership.is_member(directory):
             return
-        server = TunnelServer(
-            rpc, accept=pki.server_context(directory), connect=pki.client_context(directory)
-        )
+        accept, connect = membership.server_context(directory), membership.client_context(directory)
+        server = TunnelServer(rpc, accept=accept, connect=connect)
         rpc.tunnel_port = await server.start(host, port)
-    except pki.PkiError as error:
+    except membership.PkiError as error:
         raise CannotStart(str(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise CannotStart(f"the agent cannot accept tunnels on {host}:{port}: {reason}") from error
     stack.push_async_callback(server.close)
-    logger.info("%s of the fleet accepts tunnels on %s:%d", member.name, host, rpc.tunnel_port)
+    logger.info("a member of its fleet, this node accepts tunnels on %s:%d", host, rpc.tunnel_port)
 
 
 async def _announce(

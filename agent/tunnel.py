@@ -1,6 +1,6 @@
 """The tunnel server of an agent: members of its fleet lease rpc-servers here and reach them through it.
 
-A connection is mutual TLS (``agent/pki.py``) and begins with requests, a JSON object a line
+A connection is mutual TLS (``agent/membership.py``) and begins with requests, a JSON object a line
 (``agent/json_lines.py``), each answered by one line, ``{"ok": true, …}`` or ``{"ok": false, "error": "…"}``:
 
 - ``echo`` and ``{"op": "sink", "bytes": N}`` with N raw bytes behind it, for ``agent/links.py``.
@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from agent import pki
+from agent import membership
 from agent.json_lines import JsonLines, Message, NoMessage
 from agent.lease import TunnelError, measure
 from agent.links import MOST_BYTES
@@ -64,7 +64,7 @@ class _Lease:
     """A rpc-server, the member it is leased to, and what goes to it and from it."""
 
     process: RpcProcess
-    member: pki.Identity
+    member: membership.Identity
     received_bytes: int = 0
     tunnels: set[Splice] = field(default_factory=set)
 
@@ -170,11 +170,11 @@ class TunnelServer:
         lines.connection_made(transport)
         self._members += 1
         try:
-            member = pki.peer(transport.get_extra_info("peercert"))
+            member = membership.peer(transport.get_extra_info("peercert"))
             if self._members > self._most_connections:
                 raise NoMessage("there are too many connections")
             await self._serve(lines, member)
-        except (NoMessage, pki.PkiError) as error:
+        except (NoMessage, membership.PkiError) as error:
             logger.info("hanging up on %s: %s", peer, error)
             lines.send({"ok": False, "error": str(error)})
         except TimeoutError:
@@ -186,7 +186,7 @@ class TunnelServer:
             self._members -= 1
             transport.close()
 
-    async def _serve(self, lines: JsonLines, member: pki.Identity) -> None:
+    async def _serve(self, lines: JsonLines, member: membership.Identity) -> None:
         while (message := await lines.receive(self._request_s)) is not None:
             name = message.get("op")
             operation = _OPERATIONS.get(name) if isinstance(name, str) else None
@@ -202,11 +202,11 @@ class TunnelServer:
 
     # The operations. Each returns whether requests may follow.
 
-    async def _echo(self, lines: JsonLines, member: pki.Identity, message: Message) -> bool:
+    async def _echo(self, lines: JsonLines, member: membership.Identity, message: Message) -> bool:
         lines.send({"ok": True})
         return True
 
-    async def _sink(self, lines: JsonLines, member: pki.Identity, message: Message) -> bool:
+    async def _sink(self, lines: JsonLines, member: membership.Identity, message: Message) -> bool:
         size_bytes = _value(message, "bytes", int)
         if not 0 <= size_bytes <= MOST_BYTES:
             raise NoMessage(f"at most {MOST_BYTES} bytes can be sent to measure")
@@ -216,7 +216,7 @@ class TunnelServer:
             lines.send({"ok": True})
         return arrived
 
-    async def _measure(self, lines: JsonLines, member: pki.Identity, message: Message) -> bool:
+    async def _measure(self, lines: JsonLines, member: membership.Identity, message: Message) -> bool:
         host, port = _value(message, "host", str), _value(message, "port", int)
         try:
             found = await measure(host, port, self._connect)
@@ -225,7 +225,7 @@ class TunnelServer:
         lines.send({"ok": True, "rtt_s": found.rtt_s, "bytes_s": found.bytes_s})
         return True
 
-    async def _rpc_server(self, lines: JsonLines, member: pki.Identity, message: Message) -> bool:
+    async def _rpc_server(self, lines: JsonLines, member: membership.Identity, message: Message) -> bool:
         device, build = _value(message, "device", str), _value(message, "build", str)
         threads = _value(message, "threads", int) if message.get("threads") is not None else None
         try:
@@ -260,7 +260,7 @@ class TunnelServer:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
 
-    async def _tunnel(self, lines: JsonLines, member: pki.Identity, message: Message) -> bool:
+    async def _tunnel(self, lines: JsonLines, member: membership.Identity, message: Message) -> bool:
         lease = self._leases.get(_value(message, "id", str))
         if lease is None or lease.member != member:
             raise _Refused("there is no such rpc-server")
@@ -315,18 +315,18 @@ async def _hear(lines: JsonLines, lease: _Lease, ping_s: float) -> str:
                 raise NoMessage("a lease knows ping, reset and end alone")
 
 
-type _Serve = Callable[[TunnelServer, JsonLines, pki.Identity, Message], Awaitable[bool]]
+type _Serve = Callable[[TunnelServer, JsonLines, membership.Identity, Message], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
     serve: _Serve
-    roles: tuple[pki.Role, ...] = ("coordinator",)
+    roles: tuple[membership.Role, ...] = ("coordinator",)
 
 
 _OPERATIONS = {
-    "echo": _Operation(TunnelServer._echo, pki.ROLES),
-    "sink": _Operation(TunnelServer._sink, pki.ROLES),
+    "echo": _Operation(TunnelServer._echo, membership.ROLES),
+    "sink": _Operation(TunnelServer._sink, membership.ROLES),
     "measure": _Operation(TunnelServer._measure),
     "rpc-server": _Operation(TunnelServer._rpc_server),
     "tunnel": _Operation(TunnelServer._tunnel),

@@ -18,6 +18,7 @@ import pytest
 from agent import join, lease, links, llama_cpp, pki
 from agent.lease import Lease, TunnelError, is_stuck, measure, measured_by
 from agent.links import Link, Transfer
+from agent.peer_uid import uid_of
 from agent.rpc_server import RpcSample
 from tests.agent.tunnels import EchoServers, Members, tunnel_server
 
@@ -105,6 +106,39 @@ async def settled() -> tuple[int, int]:
         gc.collect()
         found = process.num_fds(), len(asyncio.all_tasks())
     return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+async def test_another_user_of_this_machine_does_not_reach_the_server(
+    members: Members, servers: EchoServers, port: int
+) -> None:
+    held = await open_lease(members, port)
+    where = held.endpoint.rpartition(":")[2]
+    code = "import os, socket; 'x'.encode('idna'); os.setuid({uid}); "
+    code += "s = socket.create_connection(('127.0.0.1', {port}), 20); s.sendall(b'x'); print(s.recv(1))"
+    said = []
+    for uid in (64321, 0):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code.format(uid=uid, port=where)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said.append((await process.communicate())[0].decode().splitlines()[-1])
+    assert said[0].startswith(("ConnectionResetError", "BrokenPipeError"))
+    assert said[1] == "b'x'"
+    assert len(servers.started[0].clients) == 1
+    await held.close()
+
+
+def test_whose_a_connection_is() -> None:
+    rows = [
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode",
+        "   0: 0100007F:AB71 00000000:0000 0A 00000000:00000000 00:00000000 00000000     7        0 366402 1",
+        "   1: 0100007F:0050 0100007F:AB71 01 00000000:00000000 00:00000000 00000000  1000        0 366403 1",
+    ]
+    assert uid_of(("127.0.0.1", 80), rows) == 1000
+    assert uid_of(("127.0.0.1", 0xAB71), rows) == 7
+    assert uid_of(("127.0.0.2", 80), rows) is None
 
 
 async def test_the_end_of_either_side_is_the_end_of_the_other(

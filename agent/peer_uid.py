@@ -1,0 +1,35 @@
+"""Which user is at the other end of a connection over loopback.
+
+A port on loopback is open to every user of the machine. Where what listens there knows no login, the kernel's
+table of connections tells whose each one is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+_CONNECTIONS = Path("/proc/net/tcp")
+
+
+def is_foreign(peer: tuple[str, int]) -> bool:
+    """Whether the IPv4 connection from ``peer`` here is another user's; False where nobody can tell."""
+    with suppress(OSError), _CONNECTIONS.open() as rows:
+        uid = uid_of(peer, rows)
+        return uid is not None and uid != os.geteuid()
+    return False
+
+
+def uid_of(end: tuple[str, int], rows: Iterable[str]) -> int | None:
+    """Return whose socket has the local ``end``, from the rows of /proc/net/tcp (proc_net_tcp.txt)."""
+    # The address is printed as the machine's own integer, which on all that SOLLOL runs on is little-endian.
+    address = int.from_bytes(socket.inet_aton(end[0]), "little")
+    wanted = f"{address:08X}:{end[1]:04X}"
+    for row in rows:
+        fields = row.split()
+        if len(fields) > 7 and fields[1] == wanted:
+            return int(fields[7])
+    return None
