@@ -40,6 +40,9 @@ HEALTH_INTERVAL_S = 0.02
 LOAD_TIMEOUT_S = 300.0
 STOP_GRACE_S = 5.0
 _TAIL_LINES = 60
+_LONGEST_LINE_BYTES = 2**16
+# A refusal is told to its client, and quotes what the client sent: that is nobody else's to read.
+_QUOTED = re.compile(r"(got exception: ).*")
 
 # What a log line must contain to be the reason for an exit, most telling first.
 _REASONS = (
@@ -236,11 +239,10 @@ class LlamaServer:
 
     async def _read_log(self) -> None:
         assert self._process.stdout is not None
-        while chunk := await self._process.stdout.read(65536):
-            for line in chunk.decode("utf-8", "replace").splitlines():
-                self._tail.append(line)
-                self._note_buffer(line)
-                log.debug("llama-server[%d] %s", self.pid, line)
+        async for line in _lines(self._process.stdout):
+            self._tail.append(line)
+            self._note_buffer(line)
+            log.debug("llama-server[%d] %s", self.pid, line)
 
     def _note_buffer(self, line: str) -> None:
         if found := _BUFFER.search(line):
@@ -373,6 +375,19 @@ class LlamaServer:
                     self._process.kill()
         await self.exited
         self._directory.cleanup()
+
+
+async def _lines(log_of_child: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Yield whole lines, which a child writes in pieces, without what they quote of requests."""
+    rest = b""
+    while chunk := await log_of_child.read(65536):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield _QUOTED.sub(r"\1…", line.decode("utf-8", "replace"))
+        # The end of a line that is longer than any of its own is not worth the memory.
+        rest = rest[:_LONGEST_LINE_BYTES]
+    if rest:
+        yield _QUOTED.sub(r"\1…", rest.decode("utf-8", "replace"))
 
 
 def _socket_in(directory: tempfile.TemporaryDirectory[str]) -> Path:
