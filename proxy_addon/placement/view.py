@@ -34,7 +34,8 @@ def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
         if row is None:
             view.out.append(out(name, "does not have the model"))
             continue
-        why = "has another version of the model" if row.digest != digest else None
+        # Where nobody answers the fleet serves no version, and that nobody answers is what matters.
+        why = "has another version of the model" if digest not in (None, row.digest) else None
         if why is None and (why := unable(node, key, now_s)) is not None and node.coordinator:
             view.awaited.append(name)
         if why is not None:

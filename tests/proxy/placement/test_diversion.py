@@ -307,3 +307,11 @@ def _ready(num_ctx: int, shares: list[ShardShare]) -> ShardLoad:
         load_s=1.0,
     )
     return ShardLoad(model="m", phase="ready", progress=1, since_s=0, plan=plan)
+
+
+def test_a_coordinator_that_is_the_only_node_is_waited_for_while_it_is_down() -> None:
+    fleet = fleet_of(nodes=0)
+    fleet.nodes[name(91)].poll_error = "it refused the connection"  # then no version of the model is served
+    decision = choose(fleet)
+    assert (decision.node, decision.awaits) == (None, (name(91),))
+    assert why(decision) == {name(91): "is down: it refused the connection"}
