@@ -25,8 +25,8 @@ pytestmark = [needs_lab, pytest.mark.timeout(300)]
 
 WORKERS = ("anna", "bert", "carl")
 PROMPT = "The capital of France is"
-#: Some 1,800 tokens: a prefill of many seconds on one thread.
-LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 180
+#: Some 900 tokens: a prefill of seconds on one thread.
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 90
 #: Slow enough that a load takes seconds, over which the coordinator's link is shared.
 SLOW_LINK_BIT_S = 160e6
 
@@ -62,6 +62,11 @@ def fleet(started: ShardFleet) -> Iterator[ShardFleet]:
 def expected(started: ShardFleet) -> str:
     """What the healthy fleet answers: the split of the layers must not change a word of it."""
     return str(started.generate(PROMPT)["response"])
+
+
+@pytest.fixture(scope="module")
+def expected_of_long(started: ShardFleet) -> str:
+    return str(started.generate(LONG_PROMPT)["response"])
 
 
 def kill(fleet: ShardFleet, victim: str) -> None:
@@ -138,16 +143,16 @@ def test_lost_while_idle_it_is_loaded_again_without_a_person(
 
 
 @FAULTS
-def test_lost_in_a_prefill_the_request_is_replayed(fleet: ShardFleet, fault: Fault) -> None:
-    healthy = fleet.generate(LONG_PROMPT)["response"]
-    victim = sorted(fleet.holders())[-1]
+def test_lost_in_a_prefill_the_request_is_replayed(
+    fleet: ShardFleet, expected_of_long: str, fault: Fault
+) -> None:
     fleet.ask("/api/generate", keep_alive=0, stream=False)
     fleet.generate(PROMPT)  # loaded, with nothing of the long prompt in its cache
     victim = sorted(fleet.holders())[-1]
     asked = Asked(fleet, LONG_PROMPT)
     wait_until(lambda: prefilling(fleet), "the prefill is under way")
     fault(fleet, victim)
-    assert asked.response() == healthy
+    assert asked.response() == expected_of_long
     replanned_without(fleet, victim)
 
 
@@ -222,8 +227,9 @@ def test_an_agent_that_dies_takes_its_rpc_server_along(fleet: ShardFleet, expect
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-def test_llama_server_itself_is_lost_in_a_prefill(fleet: ShardFleet, signum: signal.Signals) -> None:
-    healthy = fleet.generate(LONG_PROMPT)["response"]
+def test_llama_server_itself_is_lost_in_a_prefill(
+    fleet: ShardFleet, expected_of_long: str, signum: signal.Signals
+) -> None:
     fleet.ask("/api/generate", keep_alive=0, stream=False)
     fleet.generate(PROMPT)
     asked = Asked(fleet, LONG_PROMPT)
@@ -232,7 +238,7 @@ def test_llama_server_itself_is_lost_in_a_prefill(fleet: ShardFleet, signum: sig
     child.send_signal(signum)
     if signum == signal.SIGSTOP:  # nothing says that it will not go on: it is let go on, and goes on
         child.send_signal(signal.SIGCONT)
-    assert asked.response() == healthy
+    assert asked.response() == expected_of_long
 
 
 def test_the_coordinator_is_killed_and_leaves_nothing_behind(fleet: ShardFleet, expected: str) -> None:
