@@ -380,6 +380,9 @@ async def _post(url: URL, body: bytes) -> bytes:
                 return content
     except TimeoutError as error:
         raise CannotJoin(f"{url.authority} does not answer within {TIMEOUT_S:g} s") from error
+    except aiohttp.ClientConnectorError as error:
+        why = os.strerror(error.os_error.errno).lower() if error.os_error.errno else str(error)
+        raise CannotJoin(f"{url.authority} cannot be reached: {why}") from error
     except aiohttp.ClientError as error:
         raise CannotJoin(f"{url.authority} cannot be reached: {error}") from error
     refused = _fields(content, ("error",)) if response.status == 403 else None

@@ -302,6 +302,8 @@ def _models(given: list[str] | None, store: Path | None, state_dir: Path) -> Mod
     from agent.ollama.storage import find_store
     from shard.models import DEMO_MODEL, Models, demo_model_path
 
+    if store is not None and not store.is_dir():
+        raise ValueError(f"{store} is no directory of models; Ollama's holds manifests and blobs")
     place = store or (None if given else find_store())
     if place is not None:
         return Models([_open(entry, state_dir) for entry in given or ()], place)

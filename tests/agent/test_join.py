@@ -220,7 +220,7 @@ async def test_the_founder_joins_no_other_fleet(founder: Path, tmp_path: Path) -
     [
         ("http://127.0.0.1:9", "sollol-1", "a token looks like sollol-"),
         ("ftp://x", None, "a coordinator's address looks like http://10.0.0.2:11436, not 'ftp://x'"),
-        ("http://127.0.0.1:9", None, "127.0.0.1:9 cannot be reached: "),
+        ("http://127.0.0.1:9", None, "127.0.0.1:9 cannot be reached: connection refused"),
         ("{door}/elsewhere", None, r"127.0.0.1:\d+ is no coordinator of a fleet: it answers 404"),
     ],
 )
