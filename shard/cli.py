@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -168,12 +169,18 @@ async def _plan(models: Models, name: str, ctx: int, settings: Settings, as_json
         options = resolve({"num_ctx": ctx}, model.header.context_length)
         launch = model.launch(options, parallel=settings.parallel, threads=0)
         found = await coordinator.survey(model, launch)
+        better = await coordinator.elsewhere(model, launch, found)
     if as_json:
         sys.stdout.write(plan_view.as_json(found.planned, found.shape, found.hosts, found.left_out) + "\n")
     elif isinstance(found.planned, TooBig):
         Console().print(plan_view.render_too_big(found.planned, found.shape, found.hosts, found.left_out))
     else:
         Console().print(plan_view.render(found.planned, found.shape, found.hosts, found.left_out))
+    if better is not None and not as_json:
+        typer.echo(
+            f"\nBetter on {better.coordinator}, which has the model too: {better.ms_per_token:.0f} ms a token"
+            f" over {len(better.nodes)} nodes. Run `sollol shard serve` there too; proxies take the faster."
+        )
     return 1 if isinstance(found.planned, TooBig) else 0
 
 
@@ -292,7 +299,7 @@ def _size(text: str | None) -> int | None:
 
 def _listen(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise typer.BadParameter(f"{text!r} is not HOST:PORT", param_hint="--listen")
     return host.strip("[]"), int(port)
 
@@ -350,7 +357,9 @@ class _sentences:
             _fail(str(error))
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{self._what}: {where}{error.strerror or error}")
+            # asyncio puts a sentence of its own around the kernel's.
+            why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+            _fail(f"{self._what}: {where}{why}")
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -19,7 +20,7 @@ from secrets import token_hex
 from typing import Any, Literal
 
 from agent import llama_cpp
-from agent.lease import Lease, TunnelError, measure
+from agent.lease import Lease, TunnelError, measure, measured_by
 from agent.links import Link
 from agent.report import Report, ShardLoad, ShardModel, ShardPlan, ShardShare
 from shard.agents import Agents, Peer
@@ -48,6 +49,9 @@ STUCK_S = 300.0
 LINK_S = 600.0
 #: Who could not be reached through its tunnel is tried again after so long.
 UNREACHED_S = 5.0
+
+#: So many other machines are looked at that could coordinate, those with the fastest devices.
+COORDINATORS_TRIED = 3
 
 Phase = Literal["planning", "starting", "loading", "ready", "failed"]
 
@@ -232,6 +236,49 @@ class Coordinator:
         )
         return Survey(shape, found, planned, left_out | dict(why) | unreached | dict(avoid or {}), links)
 
+    async def elsewhere(self, model: ServedModel, launch: Launch, own: Survey) -> Plan | None:
+        """Return the plan of another machine that has the model, if it is better than ``own``.
+
+        Who coordinates has its own devices without a link. The agents measure the links between each other.
+        """
+        holders = [
+            peer.name
+            for peer in self.agents
+            if peer.report and any(row.digest == model.digest for row in peer.report.ollama.models)
+        ]
+        found = [replace(host, has_model=host.name in holders) for host in own.hosts if host.name != LOCAL]
+        fastest = sorted((host for host in found if host.has_model), key=_bandwidth_bytes_s, reverse=True)
+        links: dict[tuple[str, str], Link] = {}
+        for host in fastest[:COORDINATORS_TRIED]:
+            for other in found:
+                if other.name != host.name:
+                    links[host.name, other.name] = await self._link_between(host.name, other.name)
+        tried = {host.name for host in fastest[:COORDINATORS_TRIED]}
+        if not tried:
+            return None
+        planned = await asyncio.to_thread(
+            choose,
+            own.shape,
+            [replace(host, has_model=host.name in tried) for host in found],
+            links,
+            num_ctx=launch.num_ctx,
+            parallel=launch.parallel,
+            num_batch=launch.num_batch,
+            embeddings=launch.embeddings,
+        )
+        if isinstance(planned, TooBig):
+            return None
+        better = isinstance(own.planned, TooBig) or planned.ms_per_token < own.planned.ms_per_token
+        return planned if better else None
+
+    async def _link_between(self, one: str, other: str) -> Link:
+        """Let an agent measure its link to another; raises TunnelError."""
+        assert self._context is not None
+        near, far = self._peer(one), self._peer(other)
+        return await measured_by(
+            near.host, self._tunnel_port(near), self._context, far.host, self._tunnel_port(far)
+        )
+
     async def shape(self, model: ServedModel) -> ModelShape:
         """Return what ``model`` weighs, read once."""
         if model.digest not in self._shapes:
@@ -290,7 +337,10 @@ class Coordinator:
 
     async def _link(self, peer: Peer) -> Link:
         at_s, known = self._links.get(peer.name, (float("-inf"), ""))
-        if time.monotonic() - at_s >= (LINK_S if isinstance(known, Link) else UNREACHED_S):
+        # To measure takes a link for half a second: not from tokens that flow over it.
+        serving = any(load.server is not None and load.server.requests for load in self._loads.values())
+        kept_s = math.inf if isinstance(known, Link) and serving else LINK_S
+        if time.monotonic() - at_s >= (kept_s if isinstance(known, Link) else UNREACHED_S):
             assert self._context is not None
             try:
                 known = await measure(peer.host, self._tunnel_port(peer), self._context)
@@ -497,15 +547,19 @@ class Coordinator:
 def too_big(name: str, found: TooBig) -> str:
     """Return the sentence for a model that fits nowhere, in words that a router knows from Ollama."""
     sentence = (
-        f"model requires more system memory ({_gib(found.needed_bytes)}) than is available "
-        f"({_gib(found.available_bytes)}): {name} is {_gib(found.missing_bytes)} too big "
+        f"model requires more system memory ({_size(found.needed_bytes)}) than is available "
+        f"({_size(found.available_bytes)}): {name} is {_size(found.missing_bytes)} too big "
         f"for all machines together at num_ctx {found.num_ctx}"
     )
     return sentence + (f"; it would fit at {found.largest_num_ctx}" if found.largest_num_ctx else "")
 
 
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
+def _bandwidth_bytes_s(host: Host) -> float:
+    return max((device.bandwidth_bytes_s for device in host.devices), default=0.0)
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def _measured(share: ShardShare, server: ShardedServer) -> ShardShare:

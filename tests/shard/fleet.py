@@ -91,9 +91,10 @@ class ShardFleet:
         self.gguf = gguf
         self.coordinator = Machine(lab["coordinator"], directory / "coordinator")
         self.workers = {name: Machine(lab[name], directory / name) for name in workers}
-        self._lends = {name: lends if isinstance(lends, str) else lends[name] for name in workers}
+        self.lends = {name: lends if isinstance(lends, str) else lends[name] for name in workers}
         self._memory = memory
         self._parallel = parallel
+        self.more_models: dict[str, Path] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -118,15 +119,17 @@ class ShardFleet:
         worker = self.workers[name]
         worker.agent = worker.start(
             "agent", "--listen", f"{worker.host.address}:{AGENT_PORT}", "--state-dir", str(worker.state),
-            "--memory", self._lends[name], "--no-mdns",
+            "--memory", self.lends[name], "--no-mdns",
         )  # fmt: skip
 
     def wait_for_agent(self, name: str) -> None:
-        """Wait until this agent's tunnel is open."""
-        wait_until(
-            lambda: ((self.agent_report(name) or {}).get("rpc") or {}).get("tunnel_port"),
-            f"the agent of {name} lends its machine",
-        )
+        """Wait until this agent's tunnel is open and its llama.cpp found."""
+
+        def lends() -> bool:
+            rpc = (self.agent_report(name) or {}).get("rpc") or {}
+            return bool(rpc.get("tunnel_port") and rpc.get("build"))
+
+        wait_until(lends, f"the agent of {name} lends its machine")
 
     def agent_report(self, name: str) -> dict[str, Any] | None:
         try:
@@ -142,6 +145,7 @@ class ShardFleet:
             "--state-dir", str(self.coordinator.state), "--agents", agents, "--memory", self._memory,
             "--model", f"{DEMO_MODEL}={self.gguf}", "--threads", "1", "--parallel", str(self._parallel),
             "--no-mdns", "--verbose", *more,
+            *(part for name, path in self.more_models.items() for part in ("--model", f"{name}={path}")),
         )  # fmt: skip
         wait_until(self.answers, "the coordinator answers")
 
