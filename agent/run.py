@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
@@ -108,6 +109,12 @@ async def run(settings: Settings) -> None:
                 task.cancel()
 
 
+def _reason(error: OSError) -> str:
+    # asyncio puts a sentence of its own around the kernel's; who finds no such host has none of its errno.
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else error.strerror or str(error)
+
+
 def _settle() -> None:
     """Give back what only starting needed, 2 MB, and let no collection walk what stays."""
     gc.collect()
@@ -126,8 +133,7 @@ async def _listen(
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise CannotStart(f"the agent cannot listen on {host}:{port}: {reason}") from error
+            raise CannotStart(f"the agent cannot listen on {host}:{port}: {_reason(error)}") from error
     return [address[:2] for address in runner.addresses]
 
 
@@ -147,8 +153,7 @@ async def _open_tunnel(stack: AsyncExitStack, settings: Settings, directory: Pat
     except membership.PkiError as error:
         raise CannotStart(str(error)) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise CannotStart(f"the agent cannot accept tunnels on {host}:{port}: {reason}") from error
+        raise CannotStart(f"the agent cannot accept tunnels on {host}:{port}: {_reason(error)}") from error
     stack.push_async_callback(server.close)
     logger.info("a member of its fleet, this node accepts tunnels on %s:%d", host, rpc.tunnel_port)
 

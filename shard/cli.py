@@ -358,7 +358,8 @@ class _sentences:
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             # asyncio puts a sentence of its own around the kernel's.
-            why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+            number = error.errno or 0
+            why = os.strerror(number) if number > 0 else error.strerror or error
             _fail(f"{self._what}: {where}{why}")
 
 

@@ -140,11 +140,13 @@ def test_systemd_hears_ready_watchdog_and_stopping(run: Run, tmp_path: Path) -> 
     [
         (["--listen", "11435"], "an address to listen on looks like 127.0.0.1:11435, not '11435'"),
         (["--listen", "x:70000"], "an address to listen on looks like 127.0.0.1:11435, not 'x:70000'"),
-        (["--listen", "{taken}"], "the agent cannot listen on {taken}: "),
+        (["--listen", "{taken}"], "the agent cannot listen on {taken}: Address already in use"),
         (
             ["--ollama", "gpu1:11434"],
             "Ollama's address must look like http://127.0.0.1:11434, not 'gpu1:11434'",
         ),
+        (["--memory", "lots"], "a size looks like 20GiB, not 'lots'"),
+        (["--memory", "-5GiB"], "a size looks like 20GiB, not '-5GiB'"),
         (["--kind", "ray"], "--kind is ollama or shard, not 'ray'"),
         (["--state-dir", "/dev/null/x"], "Not a directory: '/dev/null/x"),
     ],

@@ -186,6 +186,8 @@ def test_wrong_arguments_end_in_one_sentence(start_node: StartNode, tmp_path: Pa
     assert fail("--model", f"a={bogus}") == f"sollol shard: {bogus} is not a complete GGUF file\n"
     assert "No such file" in fail("--model", f"a={tmp_path / 'none.gguf'}")
     assert "is not NAME=GGUF_PATH" in fail("--model", "a")
-    assert "is not HOST:PORT" in fail("--listen", "nowhere")
+    for nowhere in ("nowhere", ":1", "127.0.0.1:70000"):
+        assert "is not HOST:PORT" in fail("--listen", nowhere)
+    assert "'lots' is no size, such as 20GiB" in fail("--memory", "lots")
     taken = start_node().url.removeprefix("http://")
-    assert fail("--listen", taken).startswith(f"sollol shard: cannot serve on {taken}: ")
+    assert fail("--listen", taken) == f"sollol shard: cannot serve on {taken}: Address already in use\n"
