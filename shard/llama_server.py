@@ -226,7 +226,8 @@ class LlamaServer:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=dict(program.environment),
+                # Else a debugger, where there is one, holds the dying process for seconds and talks over it.
+                env={**program.environment, "GGML_NO_BACKTRACE": "1"},
                 preexec_fn=dies_with_us(),
                 # A Ctrl-C at the terminal is for the parent, which ends its children in order.
                 start_new_session=True,

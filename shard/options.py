@@ -17,6 +17,10 @@ DEFAULT_KEEP_ALIVE_S = 300.0
 # What Ollama chooses below 23 GiB of VRAM (server/routes.go); more would cost KV cache on every load.
 DEFAULT_NUM_CTX = 4096
 
+# Ollama's own minimum (server/sched.go). llama-server computes two tokens as it starts, and aborts where a
+# batch has fewer.
+MIN_NUM_CTX = MIN_NUM_BATCH = 4
+
 # Of an embedding model, unless its context is smaller (llm/llama_server.go).
 EMBEDDING_NUM_BATCH = 2048
 
@@ -70,10 +74,11 @@ def resolve(
     for name, value in (given or {}).items():
         if name in OPTIONS and value is not None:
             values[name] = _typed(name, OPTIONS[name].kind, value)
-    num_ctx = values["num_ctx"] if values["num_ctx"] > 0 else DEFAULT_NUM_CTX
+    num_ctx = max(values["num_ctx"], MIN_NUM_CTX) if values["num_ctx"] > 0 else DEFAULT_NUM_CTX
     values["num_ctx"] = min(num_ctx, context_length) if context_length else num_ctx
     if values["num_batch"] <= 0:
-        values["num_batch"] = OPTIONS["num_batch"].default  # llama-server would abort at the first prompt
+        values["num_batch"] = OPTIONS["num_batch"].default
+    values["num_batch"] = max(values["num_batch"], MIN_NUM_BATCH)
     if embeds and (given or {}).get("num_batch") is None:
         values["num_batch"] = min(EMBEDDING_NUM_BATCH, values["num_ctx"])
     return values

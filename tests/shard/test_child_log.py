@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shard.llama_server import Launch, LlamaServer, _lines
+from shard.llama_server import Launch, LlamaServer, LlamaServerError, _lines
 
 
 async def test_lines_written_in_pieces_are_one_and_the_last_needs_no_end() -> None:
@@ -45,6 +45,12 @@ async def test_a_refused_request_is_not_quoted_in_the_log(
         await server.stop()
     assert status == 400 and b"plum" in answer  # its sender is told
     assert "got exception" in caplog.text and "plum" not in caplog.text
+
+
+async def test_a_child_that_aborts_leaves_its_own_last_words(gguf_path: Path) -> None:
+    # A batch of one token is less than llama-server computes as it starts.
+    with pytest.raises(LlamaServerError, match=r"signal: aborted: .*GGML_ASSERT\(n_tokens_all"):
+        await LlamaServer.start(Launch(gguf_path, 256, threads=1, num_batch=1))
 
 
 async def _gathered(stream: asyncio.StreamReader) -> list[str]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import ollama
 import pytest
 
-from tests.shard.conftest import ShardNode, options
+from tests.shard.conftest import ShardNode, StartNode, options
 
 QUESTION = "Question: Why is the sky blue?\nAnswer:"
 
@@ -336,3 +336,20 @@ def test_another_num_ctx_reloads_and_the_same_does_not(node: ShardNode) -> None:
     assert run(num_ctx=512) == smaller
     assert run() != smaller, "a request without num_ctx wants the default again"
     assert node.client.ps().models[0].context_length == 4096
+
+
+def test_absurd_launch_options_do_not_kill_the_model(start_node: StartNode) -> None:
+    node = start_node()
+    for absurd in ({"num_ctx": 1}, {"num_batch": 0}, {"num_batch": 1}):
+        answer = node.client.generate(node.model, "a", raw=True, options=options(num_predict=1) | absurd)
+        assert answer.done and answer.eval_count == 1
+    node.stop()
+
+
+def test_a_context_is_of_what_was_said_and_not_of_the_end(node: ShardNode) -> None:
+    # One answer is possible, so that the model ends by itself.
+    said = node.client.generate(node.model, "The sky is", format={"enum": ["blue"]}, options=options())
+    assert (said.response, said.done_reason) == ('"blue"', "stop")
+    with node.direct() as direct:
+        text = direct.post("/detokenize", json={"tokens": list(said.context or ())}).json()["content"]
+    assert text.removeprefix("<bos>") == 'The sky is"blue"'

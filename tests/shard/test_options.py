@@ -26,7 +26,7 @@ def test_every_sampling_option_is_sent_with_ollamas_default() -> None:
 @pytest.mark.parametrize(
     ("given", "trained", "expected"),
     [(None, 32768, 4096), (0, 32768, 4096), (-1, 32768, 4096), (8192, 32768, 8192), (99999, 32768, 32768),
-     (None, 2048, 2048), (16384, None, 16384)],
+     (1, 32768, 4), (None, 2048, 2048), (16384, None, 16384)],
 )  # fmt: skip
 def test_num_ctx_stays_within_what_the_model_was_trained_for(
     given: int | None, trained: int | None, expected: int
@@ -45,9 +45,9 @@ def test_an_embedding_model_takes_a_text_in_one_batch(
     assert resolve(None, trained)["num_batch"] == 512
 
 
-@pytest.mark.parametrize("given", [0, -1])
-def test_a_batch_of_nothing_is_the_usual_one(given: int) -> None:
-    assert resolve({"num_batch": given}, None)["num_batch"] == 512
+@pytest.mark.parametrize(("given", "num_batch"), [(0, 512), (-1, 512), (1, 4), (8, 8)])
+def test_a_batch_is_large_enough_for_llama_server_to_start(given: int, num_batch: int) -> None:
+    assert resolve({"num_batch": given}, None)["num_batch"] == num_batch
 
 
 @pytest.mark.parametrize(
