@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from agent import announce, state
 from agent.announce import Announced
 from agent.report import SCHEMA_VERSION
 from shard.agents import FRESH_S, LONGEST_REPORT_BYTES, MOST_ANNOUNCED, Agents, agent_url, name_of
+from shard.serve import _announce
 
 Serve = Callable[[Callable[[], web.Response]], Awaitable[str]]
 
@@ -166,3 +171,41 @@ async def test_an_announced_agent_that_has_moved_is_asked_where_it_is_and_lies_a
     assert len(list(agents)) == MOST_ANNOUNCED
     await agents.close()
     await asyncio.sleep(0)
+
+
+async def test_an_agent_and_a_coordinator_of_one_machine_announce_themselves_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both go by the id of one state directory; who looks for agents finds the agent, proxies find both."""
+    node_id = state.node_id(tmp_path)
+    loopback = functools.partial(announce.announced, interfaces=["127.0.0.1"])
+    monkeypatch.setattr("shard.serve.announced", loopback)
+    monkeypatch.setattr("shard.serve.announceable", lambda hosts: ["10.9.0.2"])
+    monkeypatch.setattr(announce, "browse", functools.partial(announce.browse, interfaces=["127.0.0.1"]))
+    heard: dict[str, Announced | None] = {}
+    news = asyncio.Event()
+
+    def hear(announced_id: str, node: Announced | None) -> None:
+        if announced_id.startswith(node_id):  # and not another test's
+            heard[announced_id] = node
+            news.set()
+
+    agents = Agents(mdns=True)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(agents.close)
+        await stack.enter_async_context(announce.browse(hear))
+        await agents.start()
+        await stack.enter_async_context(
+            loopback(node_id=node_id, kind="ollama", addresses=["10.9.0.2"], agent_port=11435, ollama_port=1)
+        )
+        await _announce(stack, node_id, "0.0.0.0", 11436)
+        async with asyncio.timeout(30):
+            while len(heard) < 2 or "10.9.0.2" not in [peer.name for peer in agents]:
+                news.clear()
+                await asyncio.wait({asyncio.ensure_future(news.wait())}, timeout=0.5)
+        assert {each.kind: each.agent_port for each in heard.values() if each} == {
+            "ollama": 11435,
+            "shard": 11436,
+        }
+        assert "10.9.0.2" in [peer.name for peer in agents]
+        assert "10.9.0.2:11436" not in [peer.name for peer in agents]
