@@ -50,6 +50,8 @@ LINK_S = 600.0
 #: Who could not be reached through its tunnel is tried again after so long.
 UNREACHED_S = 5.0
 
+#: Another machine is worth a word if a token takes it no longer than this share of the time here.
+BETTER = 0.9
 #: So many other machines are looked at that could coordinate, those with the fastest devices.
 COORDINATORS_TRIED = 3
 
@@ -268,8 +270,9 @@ class Coordinator:
         )
         if isinstance(planned, TooBig):
             return None
-        better = isinstance(own.planned, TooBig) or planned.ms_per_token < own.planned.ms_per_token
-        return planned if better else None
+        if isinstance(own.planned, TooBig) or planned.ms_per_token < BETTER * own.planned.ms_per_token:
+            return planned
+        return None
 
     async def _link_between(self, one: str, other: str) -> Link:
         """Let an agent measure its link to another; raises TunnelError."""
