@@ -31,12 +31,19 @@ from shard.translate import ANY_OBJECT, Refusal, generate_messages, response_for
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 _ANTHROPIC = "/v1/messages"
 _CHAT = "/v1/chat/completions"
+_RESPONSES = "/v1/responses"
+# Where a protocol's system text (None: among the messages) and its messages are.
+_CONVERSATIONS = {
+    _CHAT: (None, "messages"),
+    _ANTHROPIC: ("system", "messages"),
+    _RESPONSES: ("instructions", "input"),
+}
 _SHAPES = {_CHAT: bodies.Conversation, _ANTHROPIC: bodies.Conversation, "/v1/embeddings": bodies.Embed}
 
 # A client's own limit may have any of these names; without one Ollama's open-ended budget applies.
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
-_SAMPLED = {_CHAT, "/v1/completions", "/v1/responses", _ANTHROPIC}
+_SAMPLED = {_CHAT, "/v1/completions", _RESPONSES, _ANTHROPIC}
 
 
 def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,9 +56,21 @@ def upstream_body(path: str, ask: Mapping[str, Any], options: Mapping[str, Any])
     if any(ask.get(limit) is not None for limit in _LIMITS):
         del defaults["n_predict"]
     given = {key: value for key, value in ask.items() if value is not None}
-    if given.get("response_format") == {"type": "json_object"}:
-        given["response_format"] = response_format(ANY_OBJECT)
+    if (wanted := _format(given)) is not None:
+        given["response_format"] = wanted
     return defaults | given
+
+
+def _format(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the response_format where llama-server would not take the client's word for it."""
+    text = given.get("text")
+    said = text.get("format") if isinstance(text, Mapping) else given.get("response_format")
+    if not isinstance(said, Mapping):
+        return None
+    if said.get("type") == "json_object" and not said.get("schema"):
+        return response_format(ANY_OBJECT)
+    # The form of /v1/responses, which llama-server reads past.
+    return response_format(said["schema"]) if text and isinstance(said.get("schema"), Mapping) else None
 
 
 async def forward(request: web.Request) -> web.StreamResponse:
@@ -63,6 +82,8 @@ async def forward(request: web.Request) -> web.StreamResponse:
         raise Refusal(400, "[] is too short - 'messages'")
     model = node.models.find(ask.get("model"))
     _check_capabilities(model, ask, request.path)
+    if model.projector is None and _shows(ask.get("messages") or ask.get("input")):
+        raise Refusal(400, "this model is missing data required for image input")
     options = options_of({}, model)
     embeddings = request.path == "/v1/embeddings"
     async with node.lease(model, {}, options, embeddings=embeddings) as runner, runner.slots:
@@ -92,21 +113,31 @@ async def _prompted(
 
         prompt = await fitted(server, asked, render, options["num_ctx"])
         return {key: value for key, value in ask.items() if key != "suffix"} | {"prompt": prompt.ids}
-    if path not in (_CHAT, _ANTHROPIC):
+    if path not in _CONVERSATIONS:
         return dict(ask)
-    system = ask.get("system") if path == _ANTHROPIC else None
-    given = [*([{"role": "system", "content": system}] if system else []), *(ask.get("messages") or [])]
+    system_field, field = _CONVERSATIONS[path]
+    asked = ask.get(field) or []
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    if not isinstance(asked, list) or not all(_is_message(item) for item in asked):
+        return dict(ask)  # calls of tools and their results, which only llama-server's own template takes
+    system = ask.get(system_field) if system_field else None
+    given = [*([{"role": "system", "content": system}] if system else []), *asked]
     messages = model.with_defaults(given)
     # llama-server makes the prompt from the GGUF's template; one that has none is handed the whole text.
     texts = [_text(message) for message in messages]
     if template is not None and model.header.chat_template is None and None not in texts:
         told = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
         prompt = await fitted(server, told, _rendering(template), options["num_ctx"])
-        rest = {key: value for key, value in ask.items() if key != "system"}
-        return rest | {"messages": [{"role": "user", "content": prompt.text}]}
-    if path == _ANTHROPIC and messages and messages[0].get("role") == "system":
-        return {**ask, "system": messages[0]["content"], "messages": messages[1:]}
-    return {**ask, "messages": messages}
+        rest = {key: value for key, value in ask.items() if key != system_field}
+        return rest | {field: [{"role": "user", "content": prompt.text}]}
+    if system_field and messages and messages[0].get("role") == "system":
+        return {**ask, system_field: messages[0]["content"], field: messages[1:]}
+    return {**ask, field: messages}
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and item.get("type", "message") == "message"
 
 
 async def _shortened(runner: Runner, ask: Mapping[str, Any]) -> web.Response:
@@ -118,6 +149,19 @@ async def _shortened(runner: Runner, ask: Mapping[str, Any]) -> web.Response:
         if ask.get("encoding_format") == "base64":
             row["embedding"] = base64.b64encode(array("f", row["embedding"]).tobytes()).decode()
     return json_answer(answer | {"model": ask["model"]})
+
+
+# What texts are called inside messages.
+_TEXTS = {"text", "input_text", "output_text"}
+# What images are called inside messages: OpenAI's chat, its responses, Anthropic's.
+_IMAGES = {"image_url", "input_image", "image"}
+
+
+def _shows(messages: Any) -> bool:
+    """Whether an image is among what is said."""
+    contents = [item.get("content") for item in messages or () if isinstance(item, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") in _IMAGES for part in parts)
 
 
 def _rendering(template: ChatTemplate) -> Render:
@@ -134,7 +178,7 @@ def _text(message: Mapping[str, Any]) -> str | None:
         return content or ""
     if not isinstance(content, list):
         raise Refusal(400, "a message's content must be a string or a list")
-    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+    if not all(isinstance(part, Mapping) and part.get("type") in _TEXTS for part in content):
         return None
     return "".join(str(part.get("text") or "") for part in content)
 

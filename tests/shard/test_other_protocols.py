@@ -61,6 +61,45 @@ def test_openai_json_mode_answers_in_json(gpt: openai.OpenAI, node: ShardNode) -
     assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
+@pytest.mark.parametrize(
+    "kind", [{"type": "json_object"}, {"type": "json_schema", "name": "a", "schema": {}}]
+)
+def test_openai_responses_answer_in_json(
+    gpt: openai.OpenAI, node: ShardNode, kind: dict[str, object]
+) -> None:
+    wanted = kind | ({"schema": {"type": "object"}} if "schema" in kind else {})
+    answer = gpt.responses.create(
+        model=node.model,
+        input='A list of {"warm": true}\n{"warm": false}\n',
+        temperature=0,
+        max_output_tokens=40,
+        text={"format": wanted},
+    )
+    assert isinstance(json.loads(answer.output_text), dict)
+
+
+IMAGES = {
+    "/v1/chat/completions": (
+        "messages",
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+    ),
+    "/v1/responses": ("input", {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}),
+    "/v1/messages": (
+        "messages",
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", IMAGES)
+def test_images_are_refused_by_a_model_that_sees_none(node: ShardNode, path: str) -> None:
+    field, image = IMAGES[path]
+    body = {"model": node.model, "max_tokens": 3, field: [{"role": "user", "content": [image]}]}
+    answer = node.http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "this model is missing data required for image input"
+
+
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_openai_embeddings_of_fewer_dimensions(gpt: openai.OpenAI, node: ShardNode, encoding: str) -> None:
     ours = node.client.embed(node.model, "a fish", dimensions=3).embeddings[0]

