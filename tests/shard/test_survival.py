@@ -7,11 +7,12 @@ workers hold the model, one does not.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -83,8 +84,17 @@ def cut(fleet: ShardFleet, victim: str) -> None:
     fleet.workers[victim].host.cut()
 
 
+def reset(fleet: ShardFleet, victim: str) -> None:
+    """Every connection to its tunnel port is destroyed; both ends are told."""
+    fleet.coordinator.host.run(
+        ["ss", "-K", "dst", fleet.workers[victim].host.address, "dport", "=", "11437"], capture_output=True
+    )
+
+
 Fault = Callable[[ShardFleet, str], None]
 FAULTS = pytest.mark.parametrize("fault", [kill, stop, cut])
+#: After a reset the machine itself is well; it is left out for a while all the same.
+FAULTS_AND_RESET = pytest.mark.parametrize("fault", [kill, stop, cut, reset])
 
 
 class Asked(threading.Thread):
@@ -142,7 +152,7 @@ def test_lost_while_idle_it_is_loaded_again_without_a_person(
     assert fleet.generate(PROMPT)["response"] == expected
 
 
-@FAULTS
+@FAULTS_AND_RESET
 def test_lost_in_a_prefill_the_request_is_replayed(
     fleet: ShardFleet, expected_of_long: str, fault: Fault
 ) -> None:
@@ -172,7 +182,7 @@ def test_lost_while_loading_the_load_begins_again(fleet: ShardFleet, expected: s
     assert plan["reason"].startswith("the plan before failed")
 
 
-@FAULTS
+@FAULTS_AND_RESET
 def test_lost_in_mid_stream_the_stream_ends_with_an_error_and_the_next_request_is_served(
     fleet: ShardFleet, expected: str, fault: Fault
 ) -> None:
@@ -187,6 +197,44 @@ def test_lost_in_mid_stream_the_stream_ends_with_an_error_and_the_next_request_i
     assert victim_named(fleet, victim, seen[-1]["error"])
     assert fleet.generate(PROMPT)["response"] == expected
     replanned_without(fleet, victim)
+
+
+class Freezer:
+    """A cgroup that holds processes still without a signal: unlike SIGSTOP, their state does not show it."""
+
+    def __init__(self) -> None:
+        v1 = Path("/sys/fs/cgroup/freezer")
+        self.group = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"sollol-test-{os.getpid()}"
+        self._switch, self._on, self._off = (
+            ("freezer.state", "FROZEN", "THAWED") if v1.is_dir() else ("cgroup.freeze", "1", "0")
+        )
+
+    def __enter__(self) -> Self:
+        self.group.mkdir()
+        return self
+
+    def freeze(self, process: psutil.Process) -> None:
+        (self.group / "cgroup.procs").write_text(str(process.pid))
+        (self.group / self._switch).write_text(self._on)
+
+    def __exit__(self, *_: object) -> None:
+        (self.group / self._switch).write_text(self._off)
+        wait_until(lambda: not (self.group / "cgroup.procs").read_text(), "the frozen process has ended")
+        self.group.rmdir()
+
+
+def test_a_hang_that_no_process_shows_is_noticed_in_decode(fleet: ShardFleet, expected: str) -> None:
+    """Its agent answers, its state is well, its connections stand: only the tokens stay away."""
+    options = {"temperature": 0, "num_predict": 3000, "repeat_penalty": 1.0}
+    with Freezer() as freezer:
+        with fleet.stream("/api/generate", prompt="1, 2, 3,", raw=True, options=options) as lines:
+            seen = [next(lines) for _ in range(5)]
+            [process] = fleet.workers[sorted(fleet.holders())[0]].rpc_servers()
+            freezer.freeze(process)
+            seen += list(lines)
+        assert "no token for" in seen[-1]["error"] and "although one is due" in seen[-1]["error"]
+        assert not any(line.get("done") for line in seen)
+        assert fleet.generate(PROMPT)["response"] == expected
 
 
 def victim_named(fleet: ShardFleet, victim: str, sentence: str) -> bool:
