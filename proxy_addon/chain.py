@@ -90,7 +90,9 @@ class Sollol:
         self._saves = True  #: the last time that speeds were written, they could be
         self.ready = asyncio.Event()  #: every node was looked at once
 
-        plans = Plans(self.journal.plans, (self.journal.planned, self.telemetry.planned))
+        plans = Plans(
+            self.journal.plans, (self.journal.planned, self.telemetry.planned), self.journal.planned
+        )
         self.fleet.on_news += [plans.look, partial(observe_sizes, speeds=self.speeds)]
 
         guard = Guard(settings, self.fleet)

@@ -9,10 +9,12 @@ the model fits nowhere else. What a loaded model needs to be watched for is ``sh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import ssl
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ from agent.links import Link
 from agent.report import Report, ShardLoad, ShardModel, ShardPlan, ShardShare
 from shard.agents import Agents, Peer
 from shard.hosts import hosts as hosts_of
-from shard.llama_server import Launch, LlamaServerError
+from shard.llama_server import Launch, LlamaServerError, Unloadable
 from shard.models import ServedModel
 from shard.options import resolve
 from shard.plan import Host, Plan, TooBig, choose, largest_num_ctx
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 LOCAL = "this machine"
 #: How many plans one load may need: each failure leaves one machine out.
 ATTEMPTS = 5
+#: How many may fail without a machine to blame: then it is the model's fault, or the request's.
+BLAMELESS_ATTEMPTS = 2
 #: Who has failed is left out of plans for so long, where the others suffice.
 BLAMED_S = 30.0
 #: A load in which nothing has moved for so long is stuck. The coordinator's own part is read from disk
@@ -102,16 +106,13 @@ class Load:
             progress, eta_s = load_progress(
                 self.server.received_bytes(), self.remote_bytes, in_phase_s, self.plan.load_s
             )
-        plan = self.plan
-        if plan is not None and self.server is not None and self.phase == "ready":
-            plan = plan.model_copy(update={"shares": [_measured(s, self.server) for s in plan.shares]})
         return ShardLoad(
             model=self.model.name,
             phase=self.phase,
             progress=progress,
             eta_s=eta_s,
             since_s=in_phase_s,
-            plan=plan,
+            plan=self.plan,
             error=self.error,
         )
 
@@ -150,9 +151,11 @@ class Coordinator:
         self._loads: dict[str, Load] = {}
         self._links: dict[str, tuple[float, Link | str]] = {}  # or why there is none
         self._blamed: dict[str, tuple[float, str]] = {}
+        self._lost: dict[str, str] = {}  # model → why its last plan ended, until the next is made
         self._one_at_a_time = asyncio.Lock()
         self._shapes: dict[str, ModelShape] = {}
         self._watching: set[asyncio.Task[None]] = set()
+        self.blames = 0  #: how often a machine was found to have failed
         self.plans_made = 0
         self.replans_made = 0
 
@@ -213,14 +216,26 @@ class Coordinator:
     # Planning
 
     async def survey(
-        self, model: ServedModel, launch: Launch, avoid: Mapping[str, str] | None = None
+        self,
+        model: ServedModel,
+        launch: Launch,
+        avoid: Mapping[str, str] | None = None,
+        *,
+        alone: bool = False,
     ) -> Survey:
-        """Return the best plan with what is known now; nobody of ``avoid`` is in it."""
+        """Return the best plan with what is known now; nobody of ``avoid`` is in it.
+
+        With ``alone`` as if no other model were loaded.
+        """
         shape = await self.shape(model)
         reports, left_out = self._reports()
         reports = {name: report for name, report in reports.items() if name not in (avoid or {})}
         found, why = hosts_of(
-            reports, LOCAL, [LOCAL], given_back=self._given_back(model), build=self._build()
+            reports,
+            LOCAL,
+            [LOCAL],
+            given_back=self._given_back(None if alone else model),
+            build=self._build(),
         )
         found = [self._beside_projector(host, launch) for host in found]
         links, unreached = await self._links_to([host.name for host in found if host.name != LOCAL])
@@ -254,7 +269,9 @@ class Coordinator:
         for host in fastest[:COORDINATORS_TRIED]:
             for other in found:
                 if other.name != host.name:
-                    links[host.name, other.name] = await self._link_between(host.name, other.name)
+                    # Whom it does not reach takes no part around it.
+                    with contextlib.suppress(TunnelError):
+                        links[host.name, other.name] = await self._link_between(host.name, other.name)
         tried = {host.name for host in fastest[:COORDINATORS_TRIED]}
         if not tried:
             return None
@@ -306,14 +323,18 @@ class Coordinator:
                 reports[peer.name] = report
         return reports, left_out
 
-    def _given_back(self, model: ServedModel) -> dict[Place, int]:
-        """What is held for ``model`` itself and is free again when it is loaded anew."""
-        load = self._loads.get(model.key)
-        if load is None or load.server is None or load.server.exited.done():
-            return {}
-        return {
-            place: lease.latest.memory_bytes for place, lease in load.server.leases.items() if lease.latest
-        }
+    def _given_back(self, model: ServedModel | None) -> dict[Place, int]:
+        """What is held for ``model`` and is free again when it is loaded anew; None: for every model."""
+        freed: Counter[Place] = Counter()
+        for key, load in self._loads.items():
+            if load.server is None or load.server.exited.done() or (model is not None and key != model.key):
+                continue
+            for place, lease in load.server.leases.items():
+                freed[place] += lease.latest.memory_bytes if lease.latest else 0
+            for share in load.plan.shares if load.plan else ():
+                if share.node == LOCAL:
+                    freed[LOCAL, share.device] += share.memory_bytes
+        return dict(freed)
 
     def _beside_projector(self, host: Host, launch: Launch) -> Host:
         # llama-server puts the projector on its first local device.
@@ -391,13 +412,14 @@ class Coordinator:
             raise
 
     async def _start(self, load: Load, launch: Launch) -> ShardedServer:
-        why = "a request"
+        lost = self._lost.pop(load.model.key, None)
+        why, blameless = lost or "a request", 0
         for attempt in range(ATTEMPTS):
             load.enter("planning")
             made = await self._plan(load.model, launch)
             load.plan = self._record(load.model, launch, made, why)
             self.plans_made += 1
-            self.replans_made += attempt > 0
+            self.replans_made += attempt > 0 or lost is not None
             load.remote_bytes = sum(share.weight_bytes for share in made.shares if share.device.host != LOCAL)
             try:
                 return await self._load(load, launch, made)
@@ -406,12 +428,17 @@ class Coordinator:
                 why = f"the plan before failed: {broken.reason}"
                 if broken.node is not None:
                     self.blame(broken.node, broken.reason)
-        raise LlamaServerError(f"llama-server process has terminated: {ATTEMPTS} plans failed; {why}")
+                    continue
+                blameless += 1
+                if blameless == BLAMELESS_ATTEMPTS:
+                    break
+        raise Unloadable(f"llama-server process has terminated: {attempt + 1} plans failed; {why}")
 
     async def _plan(self, model: ServedModel, launch: Launch) -> Plan:
-        """Plan without those who failed lately. Raises NoRoom.
+        """Plan without those who failed lately.
 
-        Where the model does not fit the others, who failed first is taken back first.
+        Where the model does not fit the others, who failed first is taken back first. Raises NoRoom where
+        it would fit in place of models that are loaded, Unloadable where it would not even then.
         """
         now_s = time.monotonic()
         blamed = [(until_s, node, why) for node, (until_s, why) in self._blamed.items() if until_s > now_s]
@@ -425,7 +452,9 @@ class Coordinator:
             found = await self.survey(model, launch, avoid)
         if isinstance(found.planned, TooBig):
             without = "; ".join(f"{node} is left out: {why}" for node, why in found.left_out.items())
-            raise NoRoom(too_big(model.name, found.planned) + (f" ({without})" if without else ""))
+            sentence = too_big(model.name, found.planned) + (f" ({without})" if without else "")
+            alone = await self.survey(model, launch, alone=True)
+            raise Unloadable(sentence) if isinstance(alone.planned, TooBig) else NoRoom(sentence)
         return found.planned
 
     async def _load(self, load: Load, launch: Launch, made: Plan) -> ShardedServer:
@@ -455,6 +484,10 @@ class Coordinator:
             await server.stop()
             raise
         server.loading = False
+        load.plan = load.plan.model_copy(
+            update={"shares": [_measured(share, server) for share in load.plan.shares]}
+        )
+        self.journal.add(load.plan)
         load.enter("ready")
         self._background(self._follow(load, server))
         log.info("%s is loaded over %d devices in %.1f s", load.model.name, len(made.shares), server.load_s)
@@ -492,6 +525,7 @@ class Coordinator:
         await server.exited
         if (culprit := await server.inquest()) is not None:
             self.blame(*culprit)
+            self._lost[load.model.key] = f"the plan before was lost: {culprit[1]}"
         await server.stop()
         if self._loads.get(load.model.key) is load:
             del self._loads[load.model.key]
@@ -500,6 +534,7 @@ class Coordinator:
         """Leave ``node`` out of plans for a while, where the others suffice."""
         self._blamed[node] = (time.monotonic() + BLAMED_S, f"it failed lately: {reason}")
         self._links.pop(node, None)
+        self.blames += 1
 
     async def settled(self) -> None:
         """Wait until every model that has ended is known to have, and by whose fault."""

@@ -75,6 +75,10 @@ class LlamaServerError(Exception):
     """llama-server could not be started or has died; the message is Ollama's wording of it."""
 
 
+class Unloadable(LlamaServerError):
+    """To try again, or to make room, would not help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """Everything that a running process cannot change: a request that needs another value reloads."""
@@ -292,12 +296,12 @@ class LlamaServer:
         return self._process.returncode == -signum
 
     def reason(self) -> str:
-        """Return the line of the log's tail that says most about a failure, "" if it is empty."""
+        """Return the line of the log's tail that says most about a failure, "" if none says anything."""
         for telling in _REASONS:
             for line in reversed(self._tail):
                 if telling in line:
                     return line.strip()
-        return self._tail[-1].strip() if self._tail else ""
+        return ""
 
     def fail(self, reason: str) -> None:
         """End the child at once because it cannot go on; requests are told ``reason``."""

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from agent.report import ShardLoad
 from shard import bodies
-from shard.llama_server import LlamaServerError
+from shard.llama_server import LlamaServerError, Unloadable
 from shard.models import Models, ServedModel
 from shard.options import keep_alive_s, resolve
 from shard.replies import UpstreamError
@@ -44,6 +44,8 @@ _plan_id: ContextVar[str | None] = ContextVar("plan_id", default=None)
 
 # How often a request is run again that had sent nothing when its model broke.
 REPLAYS = 3
+# Of these, after failures for which no machine was to blame.
+BLAMELESS_REPLAYS = 1
 
 Tell = Callable[[ShardLoad], Awaitable[None]]
 
@@ -255,13 +257,29 @@ async def replay(request: web.Request, handler: Handler) -> web.StreamResponse:
     sent nothing but, perhaps, how a load goes on.
     """
     coordinator = request.app[NODE].coordinator
-    for _ in range(REPLAYS if coordinator is not None else 0):
+    tries = Replays()
+    while True:
+        blames = coordinator.blames if coordinator is not None else 0
         try:
             return await handler(request)
-        except NoRoom:
-            raise
         except LlamaServerError as error:
-            log.warning("%s is run again: %s", request.path, error)
-            assert coordinator is not None
+            if coordinator is None or isinstance(error, NoRoom | Unloadable):
+                raise
             await coordinator.settled()
-    return await handler(request)
+            if not tries.another(blamed=coordinator.blames > blames):
+                raise
+            log.warning("%s is run again: %s", request.path, error)
+
+
+@dataclass(slots=True)
+class Replays:
+    """How often a request was run again. One that breaks models by itself must not do so for long."""
+
+    broken: int = 0
+    blameless: int = 0
+
+    def another(self, *, blamed: bool) -> bool:
+        """Return whether to run it again after a failure, for which a machine was ``blamed`` or not."""
+        self.broken += 1
+        self.blameless += not blamed
+        return self.broken <= REPLAYS and self.blameless <= BLAMELESS_REPLAYS

@@ -304,7 +304,8 @@ class _Task:
 
     @property
     def needed_bytes(self) -> int:
-        return self.row.total_bytes + self.buffer_bytes + self.local_cpu_bytes
+        # Not the input embedding: it lies in the coordinator's file cache, and takes room from layers only.
+        return self.row.total_bytes + self.buffer_bytes
 
     def slot(self, device: Device, link: Link | None) -> partition.Slot:
         """``device`` as the search sees it, behind ``link`` or on the coordinator itself."""
@@ -469,7 +470,8 @@ class _Fleet:
         def fits_with(steps: int) -> bool:
             return self.with_more(freest, steps * MISSING_STEP_BYTES).fits(task)
 
-        most = (task.needed_bytes + max(-freest.free_bytes, 0)) // MISSING_STEP_BYTES + 1
+        most_bytes = task.needed_bytes + task.local_cpu_bytes + max(-freest.free_bytes, 0)
+        most = most_bytes // MISSING_STEP_BYTES + 1
         return TooBig(
             missing_bytes=_first(1, most, fits_with) * MISSING_STEP_BYTES,
             needed_bytes=task.needed_bytes,

@@ -26,8 +26,12 @@ class PlanJournal:
         self._refused = False
 
     def add(self, plan: ShardPlan) -> None:
-        """Keep ``plan``; blocks for one short write."""
-        self.latest.append(plan)
+        """Keep ``plan``, in place of what was known of it before; blocks for one short write."""
+        known = [one.id for one in self.latest]
+        if plan.id in known:
+            self.latest[known.index(plan.id)] = plan
+        else:
+            self.latest.append(plan)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size > FILE_BYTES:
@@ -44,13 +48,15 @@ class PlanJournal:
 
     def _read(self) -> list[ShardPlan]:
         try:
-            lines = self._path.read_text().splitlines()[-IN_REPORT:]
+            lines = self._path.read_text().splitlines()[-2 * IN_REPORT :]
         except OSError:
             return []
-        found = []
+        found: dict[str, ShardPlan] = {}
         for line in lines:
             try:
-                found.append(ShardPlan.model_validate_json(line))
+                plan = ShardPlan.model_validate_json(line)
             except ValidationError:
                 log.warning("%s has a line that is no plan; it is passed over", self._path)
-        return found
+            else:
+                found[plan.id] = plan
+        return list(found.values())

@@ -32,7 +32,7 @@ FOR_EVER = timedelta(days=365 * 292)
 
 
 class NoRoom(LlamaServerError):
-    """The model does not fit beside what is loaded; it may when that is gone."""
+    """The model does not fit beside what is loaded; it would if all of that were gone."""
 
 
 def worth(load_s: float, idle_s: float) -> float:
