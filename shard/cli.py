@@ -168,8 +168,8 @@ async def _plan(models: Models, name: str, ctx: int, settings: Settings, as_json
         coordinator = await start_coordinator(stack, settings, local)
         options = resolve({"num_ctx": ctx}, model.header.context_length)
         launch = model.launch(options, parallel=settings.parallel, threads=0)
-        found = await coordinator.survey(model, launch)
-        better = await coordinator.elsewhere(model, launch, found)
+        found = await coordinator.surveyor.survey(model, launch)
+        better = await coordinator.surveyor.elsewhere(model, launch, found)
     if as_json:
         sys.stdout.write(plan_view.as_json(found.planned, found.shape, found.hosts, found.left_out) + "\n")
     elif isinstance(found.planned, TooBig):

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 from yarl import URL
 
-from agent import join, notify, pki, state
+from agent import join, llama_cpp, notify, pki, state
 from agent.announce import announceable, announced
 from agent.report import Ollama, Shard, ShardModel
 from agent.server import report_routes
@@ -119,7 +119,8 @@ async def start_coordinator(stack: AsyncExitStack, settings: Settings, local: Lo
         )
     agents = Agents(settings.agents, mdns=settings.mdns and member is not None)
     stack.push_async_callback(agents.close)
-    await asyncio.gather(local.first(), agents.start())
+    # llama-server is looked for once and then known: not on the loop, where plans ask for its build.
+    await asyncio.gather(local.first(), agents.start(), asyncio.to_thread(llama_cpp.program, "llama-server"))
     journal = PlanJournal(settings.state_dir / "plans.jsonl")
     return Coordinator(agents, local, context, journal)
 
@@ -159,7 +160,9 @@ class Expectations:
             models = list(self._node.models)
             found: list[ShardModel] = []
             for model in models:
-                found.append(await coordinator.expectation(model, DEFAULT_NUM_CTX, self._node.parallel))
+                found.append(
+                    await coordinator.surveyor.expectation(model, DEFAULT_NUM_CTX, self._node.parallel)
+                )
                 # Over the first round what is known is told as it comes.
                 self.latest = found if len(found) > len(self.latest) else self.latest
             self.latest = found

@@ -17,6 +17,7 @@ from agent.lease import Lease
 from agent.report import ShardPlan
 from shard.hang import Pulse, hung, pulse
 from shard.llama_server import Launch, LlamaServer
+from shard.survey import Place
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,6 @@ SLOTS_ANSWER_S = 2.0
 #: After llama-server has died, how long to wait for a lease to say whose fault it was: agents tell an exit
 #: at once and anything else within a few of their status lines.
 INQUEST_S = 4.0
-
-Place = tuple[str, str]  # (node, device)
 
 
 class ShardedServer(LlamaServer):
