@@ -114,6 +114,7 @@ class Coordinator:
         Raises NoRoom if it fits nowhere, LlamaServerError if it could not be loaded all the same. Loads are
         serial, as Ollama's are: two plans must not count on the same memory.
         """
+        await self.settled()  # else a plan might have in it whoever has just failed
         load = self._loads[model.key] = Load(model)
         try:
             async with self._one_at_a_time:
@@ -238,12 +239,18 @@ class Coordinator:
     async def _follow(self, load: Load, server: ShardedServer) -> None:
         """Wait for the end of a loaded model; blame whoever caused it."""
         await server.exited
-        if (culprit := await server.inquest()) is not None:
-            self.blame(*culprit)
-            self._lost[load.model.key] = f"the plan before was lost: {culprit[1]}"
+        await self._judge(load, server)
         await server.stop()
         if self._loads.get(load.model.key) is load:
             del self._loads[load.model.key]
+
+    async def _judge(self, load: Load, server: ShardedServer) -> None:
+        """Blame whoever made an ended model end, once."""
+        culprit = await server.inquest()
+        if culprit is not None and not load.judged:
+            load.judged = True
+            self.blame(*culprit)
+            self._lost[load.model.key] = f"the plan before was lost: {culprit[1]}"
 
     def blame(self, node: str, reason: str) -> None:
         """Leave ``node`` out of plans for a while, where the others suffice."""
@@ -252,18 +259,9 @@ class Coordinator:
         self.blames += 1
 
     async def settled(self) -> None:
-        """Wait until every model that has ended is known to have, and by whose fault."""
-        ending = [
-            self._follow_up(load)
-            for load in self._loads.values()
-            if load.server and load.server.exited.done()
-        ]
-        await asyncio.gather(*ending)
-
-    async def _follow_up(self, load: Load) -> None:
-        assert load.server is not None
-        if (culprit := await load.server.inquest()) is not None:
-            self.blame(*culprit)
+        """Wait until it is known of every model that has ended by whose fault it did."""
+        ended = [load for load in self._loads.values() if load.server and load.server.exited.done()]
+        await asyncio.gather(*(self._judge(load, load.server) for load in ended if load.server))
 
     def _record(self, model: ServedModel, launch: Launch, made: Plan, why: str) -> ShardPlan:
         kept = ShardPlan(

@@ -24,6 +24,7 @@ class Load:
     server: ShardedServer | None = None
     remote_bytes: int = 0  #: weights that go to other machines
     error: str | None = None
+    judged: bool = False  #: it has ended, and whoever made it end was blamed
 
     def enter(self, phase: Phase) -> None:
         """Begin the next phase."""

@@ -44,6 +44,7 @@ class ShardedServer(LlamaServer):
         self.plan: ShardPlan | None = None
         self.leases: dict[Place, Lease] = {}
         self.culprit: tuple[str, str] | None = None  #: (node, reason): who made it end
+        self._asked_to_end = False
         self.loading = True
         self._watches: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -58,8 +59,11 @@ class ShardedServer(LlamaServer):
         ]
 
     async def inquest(self) -> tuple[str, str] | None:
-        """Return who made it end and why, as far as a lease tells within :data:`INQUEST_S`."""
-        if self.culprit is None and self.leases:
+        """Return who made it end and why, as far as a lease tells within :data:`INQUEST_S`.
+
+        None at once where it was asked to end.
+        """
+        if self.culprit is None and self.leases and not self._asked_to_end:
             lost = {lease.lost: node for (node, _), lease in self.leases.items()}
             done, _ = await asyncio.wait(lost, timeout=INQUEST_S, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
@@ -78,6 +82,7 @@ class ShardedServer(LlamaServer):
 
     async def stop(self) -> None:
         """End llama-server, then the rpc-servers; safe to call twice."""
+        self._asked_to_end = self._asked_to_end or not self.exited.done()
         for watch in self._watches:
             watch.cancel()
         await super().stop()

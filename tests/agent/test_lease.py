@@ -15,7 +15,7 @@ import aiohttp
 import psutil
 import pytest
 
-from agent import join, lease, links, llama_cpp, pki
+from agent import join, lease, links, llama_cpp, peer_uid, pki
 from agent.lease import Lease, TunnelError, is_stuck, measure, measured_by
 from agent.links import Link, Transfer
 from agent.peer_uid import uid_of
@@ -139,6 +139,17 @@ def test_whose_a_connection_is() -> None:
     assert uid_of(("127.0.0.1", 80), rows) == 1000
     assert uid_of(("127.0.0.1", 0xAB71), rows) == 7
     assert uid_of(("127.0.0.2", 80), rows) is None
+
+
+def test_a_connection_that_is_not_listed_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = tmp_path / "tcp"
+    monkeypatch.setattr(peer_uid, "_CONNECTIONS", listed)
+    assert not peer_uid.is_foreign(("127.0.0.1", 80)), "where there is no such table nobody can tell"
+    listed.write_text("  sl  local_address rem_address   st\n")
+    assert peer_uid.is_foreign(("127.0.0.1", 80))
+    own = f"   0: 0100007F:0050 0100007F:AB71 01 0:0 00:0 00000000 {os.geteuid()} 0 1 1\n"
+    listed.write_text(own)
+    assert not peer_uid.is_foreign(("127.0.0.1", 80))
 
 
 async def test_the_end_of_either_side_is_the_end_of_the_other(
