@@ -220,7 +220,7 @@ class _Local(Splice):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.pause_reading()
-        if is_foreign(transport.get_extra_info("peername")):
+        if is_foreign(*map(transport.get_extra_info, ("peername", "sockname"))):
             logger.warning("another user of this machine was kept from a rpc-server")
             self.reset()
             return

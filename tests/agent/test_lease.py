@@ -136,20 +136,25 @@ def test_whose_a_connection_is() -> None:
         "   0: 0100007F:AB71 00000000:0000 0A 00000000:00000000 00:00000000 00000000     7        0 366402 1",
         "   1: 0100007F:0050 0100007F:AB71 01 00000000:00000000 00:00000000 00000000  1000        0 366403 1",
     ]
-    assert uid_of(("127.0.0.1", 80), rows) == 1000
-    assert uid_of(("127.0.0.1", 0xAB71), rows) == 7
-    assert uid_of(("127.0.0.2", 80), rows) is None
+    server = ("127.0.0.1", 0xAB71)
+    assert uid_of(("127.0.0.1", 80), server, rows) == 1000
+    assert uid_of(server, ("0.0.0.0", 0), rows) == 7
+    assert uid_of(("127.0.0.2", 80), server, rows) is None
+    # The same port of an earlier connection elsewhere, closed and so nobody's.
+    closed = "   2: 0100007F:0050 0100007F:0051 06 00000000:00000000 00:00000000 00000000     0        0 0 1"
+    assert uid_of(("127.0.0.1", 80), server, [closed, *rows]) == 1000
 
 
 def test_a_connection_that_is_not_listed_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = tmp_path / "tcp"
     monkeypatch.setattr(peer_uid, "_CONNECTIONS", listed)
-    assert not peer_uid.is_foreign(("127.0.0.1", 80)), "where there is no such table nobody can tell"
+    ends = ("127.0.0.1", 80), ("127.0.0.1", 0xAB71)
+    assert not peer_uid.is_foreign(*ends), "where there is no such table nobody can tell"
     listed.write_text("  sl  local_address rem_address   st\n")
-    assert peer_uid.is_foreign(("127.0.0.1", 80))
+    assert peer_uid.is_foreign(*ends)
     own = f"   0: 0100007F:0050 0100007F:AB71 01 0:0 00:0 00000000 {os.geteuid()} 0 1 1\n"
     listed.write_text(own)
-    assert not peer_uid.is_foreign(("127.0.0.1", 80))
+    assert not peer_uid.is_foreign(*ends)
 
 
 async def test_the_end_of_either_side_is_the_end_of_the_other(

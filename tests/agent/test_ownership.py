@@ -42,7 +42,7 @@ def owners(directory: Path) -> set[tuple[int, int]]:
 def as_service(code: str, *arguments: str) -> str:
     """Run ``code`` after imports that need more rights than the service has here."""
     drop = f"import os; os.setgroups([]); os.setgid({SERVICE_GID}); os.setuid({SERVICE_UID})"
-    command = [sys.executable, "-c", f"import sys; from pathlib import Path; from agent import join, pki, state; {drop}; {code}"]  # fmt: skip  # noqa: E501
+    command = [sys.executable, "-c", f"import sys; from pathlib import Path; from agent import join, pki, state; import cryptography.hazmat.backends.openssl.backend; {drop}; {code}"]  # fmt: skip  # noqa: E501
     ran = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return ran.stdout + ran.stderr
 
