@@ -106,6 +106,11 @@ class Agents:
     def __getitem__(self, name: str) -> Peer:
         return self._peers[name]
 
+    def reports(self, name: str) -> bool:
+        """Whether the agent of a node answered when it was asked last."""
+        peer = self._peers.get(name)
+        return peer is not None and not peer.error
+
     async def start(self) -> None:
         """Ask everyone once, then go on in the background."""
         if self._mdns:

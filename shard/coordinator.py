@@ -161,10 +161,16 @@ class Coordinator:
         avoid = {node: why for _, node, why in sorted(blamed, reverse=True)}
         await self.agents.refresh(but=avoid)
         found = await self.surveyor.survey(model, launch, avoid)
-        if isinstance(found.planned, TooBig) and avoid:
+        back: list[str] = []
+        if isinstance(found.planned, TooBig):
+            # Before a request is refused, everybody is asked once more.
             await self.agents.refresh()
-        while isinstance(found.planned, TooBig) and avoid:
-            avoid.popitem()
+            self.surveyor.forget_unreached()
+            found = await self.surveyor.survey(model, launch, avoid)
+            # Who does not even report stays out, however young its last report is.
+            back = [node for node in avoid if self.agents.reports(node)]
+        while isinstance(found.planned, TooBig) and back:
+            del avoid[back.pop()]
             found = await self.surveyor.survey(model, launch, avoid)
         if isinstance(found.planned, TooBig):
             without = "; ".join(f"{node} is left out: {why}" for node, why in found.left_out.items())

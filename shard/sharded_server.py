@@ -45,6 +45,7 @@ class ShardedServer(LlamaServer):
         self.leases: dict[Place, Lease] = {}
         self.culprit: tuple[str, str] | None = None  #: (node, reason): who made it end
         self._asked_to_end = False
+        self._inquiry: asyncio.Task[None] | None = None
         self.loading = True
         self._watches: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -63,12 +64,17 @@ class ShardedServer(LlamaServer):
 
         None at once where it was asked to end.
         """
+        if self._inquiry is None:
+            self._inquiry = asyncio.create_task(self._inquire(), name="who ended it")
+        await asyncio.shield(self._inquiry)
+        return self.culprit
+
+    async def _inquire(self) -> None:
         if self.culprit is None and self.leases and not self._asked_to_end:
             lost = {lease.lost: node for (node, _), lease in self.leases.items()}
             done, _ = await asyncio.wait(lost, timeout=INQUEST_S, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 self.culprit = (lost[future], future.result())
-        return self.culprit
 
     def received_bytes(self) -> int:
         """Return how many bytes the rpc-servers were sent; where no tunnel counts them, what they hold."""
@@ -83,6 +89,8 @@ class ShardedServer(LlamaServer):
     async def stop(self) -> None:
         """End llama-server, then the rpc-servers; safe to call twice."""
         self._asked_to_end = self._asked_to_end or not self.exited.done()
+        # A lease that is given back tells nothing any more, and llama-server may well end before it does.
+        await self.inquest()
         for watch in self._watches:
             watch.cancel()
         await super().stop()

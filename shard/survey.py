@@ -226,6 +226,10 @@ class Surveyor:
         """Measure the link to this node anew when it is needed next."""
         self._links.pop(name, None)
 
+    def forget_unreached(self) -> None:
+        """Try those again whom the latest surveys did not reach."""
+        self._links = {name: known for name, known in self._links.items() if isinstance(known[1], Link)}
+
     def peer(self, name: str) -> Peer:
         """Return the agent of a node; raises TunnelError where it has gone."""
         try:

@@ -80,6 +80,8 @@ async def test_a_report_is_kept_and_grows_old(serve: Serve) -> None:
     await agents.refresh()
     peer = agents[where]
     assert peer.error == "" and peer.here
+    assert agents.reports(where)
+    assert not agents.reports("nobody:1")
     assert (fresh := peer.fresh(peer.reported_at_s + FRESH_S)) and fresh.host.hostname == "box"
     assert peer.fresh(peer.reported_at_s + FRESH_S + 0.1) is None
     await agents.close()
@@ -106,6 +108,7 @@ async def test_what_is_no_report_is_said_and_the_last_one_stays(
     await agents.refresh()
     assert why in agents[where].error
     assert agents[where].report is not None
+    assert not agents.reports(where)
     await agents.close()
 
 
