@@ -9,19 +9,23 @@ from prometheus_client.metrics_core import Metric
 
 from agent.report import ShardLoad
 from shard.coordinator import Coordinator
+from shard.node import Node
 
 _PREFIX = "sollol_shard_"
 _LABELS = ("model", "node", "device")
 
 
-def collector(coordinator: Coordinator) -> Callable[[], Iterable[Metric]]:
-    """Return what to call for the metrics of ``coordinator``."""
+def collector(coordinator: Coordinator, node: Node) -> Callable[[], Iterable[Metric]]:
+    """Return what to call for the metrics of ``coordinator`` and the ``node`` that it serves."""
 
     def collect() -> Iterator[Metric]:
         yield from of_loads(coordinator.loads())
         yield CounterMetricFamily(f"{_PREFIX}plans", "Plans made since the start.", coordinator.plans_made)
         yield CounterMetricFamily(
             f"{_PREFIX}replans", "Of these, those that followed a failure.", coordinator.replans_made
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}errors", "Requests that ended in a fault of the coordinator.", node.faults
         )
 
     return collect

@@ -53,7 +53,7 @@ Tell = Callable[[ShardLoad], Awaitable[None]]
 UPSTREAM_ERRORS = (UpstreamError, LlamaServerError)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Node:
     """An embedded node's parts; ``threads`` 0 leaves the number to llama-server.
 
@@ -65,6 +65,7 @@ class Node:
     parallel: int = 1
     threads: int = 0
     coordinator: Coordinator | None = None
+    faults: int = 0  #: requests that ended in a fault of this node's own code
 
     @contextlib.asynccontextmanager
     async def lease(
@@ -229,7 +230,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return web.Response(text=_PLAIN[error.status], status=error.status, headers=headers)
-    except Exception:
+    except Exception:  # the outermost boundary of a request
+        request.app[NODE].faults += 1
         if request.get(_ANSWERED) and STARTED not in request:
             raise  # nothing but the connection's end can say it
         log.exception("%s failed", request.path)

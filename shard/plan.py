@@ -33,7 +33,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal, Required, TypedDict, Unpack
 
 from agent.links import Link
 from shard import partition
@@ -224,36 +224,34 @@ def _fleet(hosts: Sequence[Host], links: Mapping[tuple[str, str], Link], coordin
     )
 
 
+class Asked(TypedDict, total=False):
+    """How a model is to run: the keywords of :func:`plan`."""
+
+    num_ctx: Required[int]
+    parallel: int
+    num_batch: int
+    embeddings: bool
+    coordinator: str | None
+
+
 def choose(
     shape: ModelShape,
     hosts: Sequence[Host],
     links: Mapping[tuple[str, str], Link],
-    *,
-    num_ctx: int,
-    parallel: int = 1,
-    num_batch: int = 512,
-    embeddings: bool = False,
-    coordinator: str | None = None,
+    **asked: Unpack[Asked],
 ) -> Plan | TooBig:
     """Return the plan over GPUs alone or that over all devices, whichever is faster; else as :func:`plan`.
 
     The fewest nodes are not the fastest where one of them would compute most layers on its CPU.
     """
-    how: dict[str, Any] = {
-        "num_ctx": num_ctx,
-        "parallel": parallel,
-        "num_batch": num_batch,
-        "embeddings": embeddings,
-        "coordinator": coordinator,
-    }
-    everything = plan(shape, hosts, links, **how)
+    everything = plan(shape, hosts, links, **asked)
     if isinstance(everything, TooBig) or all(share.device.kind == "gpu" for share in everything.shares):
         return everything
     gpus = [
         replace(host, devices=tuple(device for device in host.devices if device.kind == "gpu"))
         for host in hosts
     ]
-    fast = plan(shape, gpus, links, **how) if any(host.devices for host in gpus) else everything
+    fast = plan(shape, gpus, links, **asked) if any(host.devices for host in gpus) else everything
     return fast if isinstance(fast, Plan) and fast.ms_per_token < everything.ms_per_token else everything
 
 

@@ -89,7 +89,7 @@ async def run(models: Models, settings: Settings, listening: Callable[[str, int]
             await listening(host, port)
 
         routes: list[web.RouteDef] = [
-            *report_routes(OwnReport(local, say), more=collector(coordinator)),
+            *report_routes(OwnReport(local, say), more=collector(coordinator, node)),
             web.post(join.PATH, join.handler(settings.state_dir)),
         ]
         tasks = [

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.agent.nvml_stub import COMPILER, Driver, build
+from tests.agent.tunnels import EchoServers, Members, tunnel_server
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,22 @@ def driver(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     yield Driver(said)
     said.unlink(missing_ok=True)  # lets a call that hangs come back
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+    return Members(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture
+def servers() -> EchoServers:
+    return EchoServers()
+
+
+@pytest.fixture
+async def port(members: Members, servers: EchoServers) -> AsyncIterator[int]:
+    async with tunnel_server(members, servers) as port:
+        yield port
 
 
 class FakeOllama:

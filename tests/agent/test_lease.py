@@ -25,22 +25,6 @@ from tests.agent.tunnels import EchoServers, Members, tunnel_server
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
-    return Members(tmp_path_factory.mktemp("fleet"))
-
-
-@pytest.fixture
-def servers() -> EchoServers:
-    return EchoServers()
-
-
-@pytest.fixture
-async def port(members: Members, servers: EchoServers) -> AsyncIterator[int]:
-    async with tunnel_server(members, servers) as port:
-        yield port
-
-
 async def open_lease(members: Members, port: int, device: str = "CPU", build: str = "b1") -> Lease:
     return await Lease.open("127.0.0.1", port, members.client(), device=device, build=build)
 

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,6 @@ from agent.json_lines import LONGEST_LINE_BYTES
 from tests.agent.tunnels import Client, EchoServers, Members, tunnel_server
 
 LEASE = {"op": "rpc-server", "device": "CPU", "build": "b1", "threads": 2}
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
-    return Members(tmp_path_factory.mktemp("fleet"))
-
-
-@pytest.fixture
-def servers() -> EchoServers:
-    return EchoServers()
-
-
-@pytest.fixture
-async def port(members: Members, servers: EchoServers) -> AsyncIterator[int]:
-    async with tunnel_server(members, servers) as port:
-        yield port
 
 
 async def leased(members: Members, port: int, name: str = "head") -> tuple[Client, dict[str, Any]]:
