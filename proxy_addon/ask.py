@@ -14,6 +14,7 @@ import orjson
 import zstandard
 
 from agent.ollama import names
+from proxy_addon.analysis import Complexity, Kind
 from proxy_addon.endpoints import ENDPOINTS, Endpoint, Handling, Task
 
 BYTES_PER_TOKEN = 4.0  #: English text in common BPE vocabularies; learning corrects it per model
@@ -32,6 +33,8 @@ _OPAQUE = frozenset(
 )
 
 ReloadKey = tuple[tuple[str, Any], ...]
+#: Growing prefixes of a prompt, the shortest first: keyed hash of the text so far, and its estimated tokens.
+Prefix = tuple[tuple[bytes, int], ...]
 
 
 class BadRequest(Exception):
@@ -60,8 +63,13 @@ class Ask:
     unload: bool = False
     images: int = 0
     tools: int = 0
-    priority: int = 5
-    client: str = ""
+    kind: Kind = "generation"  #: what is asked for, by the words of the request; see analysis.py
+    complexity: Complexity = "simple"
+    requires_gpu: bool = False
+    prefix: Prefix = ()  #: what the prompt begins with; never written down
+    priority: int = 5  #: 1 (batch) to 10 (critical), already capped by what the client may ask for
+    client: str = ""  #: its address, or the name of its class where a key names it
+    weight: float = 1.0  #: of the client, beside others of the same priority
     body: dict[str, Any] = field(default_factory=dict, repr=False)  #: emptied when the request is placed
 
     @property

@@ -34,6 +34,7 @@ from pydantic_core import ErrorDetails
 
 from agent.ollama import names
 from agent.report import NodeKind
+from proxy_addon.analysis import Kind
 from proxy_addon.settings_sources import Layer, SettingsError, dotted, from_file, from_pairs, from_variables
 
 __all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "load"]
@@ -48,12 +49,32 @@ FOREIGN = re.compile(
 FLAGS = {"--listen": "listen", "--nodes": "nodes", "--mode": "modes", "--state-dir": "state_dir"}
 MODES = ("regular", "socks5", "transparent", "reverse")  #: those in which the guard knows what is asked
 
+#: The names that a priority may be given by.
+PRIORITIES = {"critical": 10, "high": 8, "normal": 5, "low": 3, "batch": 1}
+
 Policy = Literal["finish_time", "score", "least_loaded", "round_robin"]
 
 
 def _split(value: Any) -> Any:
     """A list may be written as one text with commas: variables and flags have nothing else."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _priority(value: Any) -> int:
+    """A priority from its number or its name."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        found = PRIORITIES.get(text) or (int(text) if text.isascii() and text.isdecimal() else 0)
+    else:
+        found = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if not 1 <= found <= 10:
+        raise ValueError(f"should be 1 to 10, or one of {', '.join(PRIORITIES)}")
+    return found
+
+
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads a bare ``off`` as false."""
+    return "off" if value is False else value
 
 
 def _known_mode(spec: str) -> str:
@@ -128,7 +149,9 @@ class NodeSettings(Address):
         "ollama", description="what answers there: an Ollama, or `sollol shard serve`; also shard://HOST:PORT"
     )
     agent: str | None = Field(None, description="base URL of its agent; default http://HOST:11435")
-    parallel: PositiveInt = Field(1, description="its OLLAMA_NUM_PARALLEL, which Ollama does not report")
+    parallel: PositiveInt | None = Field(
+        None, description="its OLLAMA_NUM_PARALLEL, which Ollama does not report; unset: learned, 1 at first"
+    )
     priority: int = Field(5, ge=1, le=10, description="only the policy score reads it")
     preferred_tasks: Annotated[frozenset[str], Listed] = Field(
         frozenset(), description="generation, embedding; only the policy score reads it"
@@ -209,6 +232,79 @@ class Poll(_Part):
     failures_to_lose: PositiveInt = Field(2, description="failed polls in a row until a node counts as lost")
 
 
+Priority = Annotated[int, BeforeValidator(_priority)]
+
+
+class Admission(_Part):
+    """Who waits, and how long. Requests wait in the proxy until a slot that serves them well is free."""
+
+    ageing_s: PositiveFloat = Field(
+        30, description="waiting this long is worth one priority: bounds every wait; see admission.md"
+    )
+    ahead_s: NonNegativeFloat = Field(
+        0.05, description="a request is sent to a node whose slot will be free within that"
+    )
+    max_queue: PositiveInt = Field(1000, description="requests that may wait; beyond: 503")
+    max_wait_s: PositiveFloat = Field(600, description="the longest wait; then 503")
+    priority: Priority = Field(
+        5, description="of a request that names none: 1 to 10, or critical, high, normal, low, batch"
+    )
+    max_priority: Priority = Field(10, description="the highest that a client of no class may ask for")
+
+
+class ClientClass(_Part):
+    """Clients known by key or network. The first class that fits a request is its client's."""
+
+    name: str = Field(min_length=1, description="in metrics, the queue and the journal")
+    key: SecretStr | None = Field(
+        None, description="its bearer token (or x-api-key): all who send it are one client"
+    )
+    networks: Networks = Field((), description="its networks: every address in them is a client of its own")
+    priority: Priority | None = Field(None, description="of its requests that name none")
+    max_priority: Priority = Field(10, description="the highest it may ask for")
+    weight: PositiveFloat = Field(1, description="its share beside other clients of the same priority")
+    max_in_flight: PositiveInt | None = Field(None, description="its requests here at once; beyond: 429")
+    rate_per_s: PositiveFloat | None = Field(None, description="its requests a second; beyond: 429")
+    burst: PositiveInt = Field(10, description="requests at once that rate_per_s lets through")
+
+    @model_validator(mode="after")
+    def _known_by_something(self) -> ClientClass:
+        if self.key is None and not self.networks:
+            raise ValueError("should have a key or networks")
+        return self
+
+
+class PinnedModel(_Part):
+    """A model that stays in memory; written ``model``, ``model@host:port``, or as a table."""
+
+    model: ModelName = Field(description="its name")
+    node: str | None = Field(None, description="host:port of the node; unset: whichever suits best")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        model, _, node = value.partition("@")
+        return {"model": model, "node": node or None}
+
+    @field_validator("node")
+    @classmethod
+    def _node_name(cls, value: str | None) -> str | None:
+        return str(NodeSettings.model_validate(value)) if value else None
+
+
+class Replicas(_Part):
+    """How hot models are spread, where ``replicas`` is ``auto``."""
+
+    pressure_s: PositiveFloat = Field(
+        2, description="expected wait for a slot of a model from which a second node is made ready"
+    )
+    sustain_s: NonNegativeFloat = Field(10, description="how long that must have lasted")
+    idle_s: PositiveFloat = Field(300, description="a replica that nobody used so long is given up")
+    cooldown_s: PositiveFloat = Field(60, description="between two changes to the same model or node")
+
+
 #: Loopback, link-local, private (RFC 1918, RFC 4193), carrier-grade NAT (RFC 6598), which Tailscale uses.
 NEAR: tuple[IPv4Network | IPv6Network, ...] = (
     *map(IPv4Network, ("127.0.0.0/8", "169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")),
@@ -241,6 +337,24 @@ class Settings(_Part):
     )
     discovery: Discovery = Discovery()
     placement: Policy = Field("finish_time", description="how a node is chosen; see placement.md")
+    specialise: dict[Kind, Names] = Field(
+        {}, description="kind of task → nodes (host:port) that should do it; see placement.md"
+    )
+    specialise_factor: float = Field(
+        2, ge=1, description="how many times longer a preferred node may take than another one"
+    )
+    embeddings_max_vram_bytes: PositiveInt | None = Field(
+        None, description="nodes with more GPU memory serve no embeddings while another node can"
+    )
+    admission: Admission = Admission()
+    clients: tuple[ClientClass, ...] = Field((), description="classes of clients; each a table as below")
+    replicas: Annotated[Literal["off", "auto"], BeforeValidator(_switch)] = Field(
+        "off", description="auto: hot models are loaded on a second node before the queue grows"
+    )
+    replication: Replicas = Replicas()
+    pin: Annotated[tuple[PinnedModel, ...], Listed] = Field(
+        (), description="models that stay in memory: model or model@host:port"
+    )
     routing_metadata: Literal["headers", "body"] = Field(
         "headers",
         description="where answers name their node; body: in _sollol_routing of the final object, too",
@@ -257,6 +371,13 @@ class Settings(_Part):
         default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"),
         description="learned speeds and the journal of requests",
     )
+
+    @field_validator("specialise")
+    @classmethod
+    def _node_names(cls, value: dict[Kind, Names]) -> dict[Kind, Names]:
+        return {
+            kind: tuple(str(NodeSettings.model_validate(n)) for n in nodes) for kind, nodes in value.items()
+        }
 
     @field_validator("signed_in_node")
     @classmethod

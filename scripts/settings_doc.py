@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from proxy_addon.settings import Address, NodeSettings, Settings
+from proxy_addon.settings import Address, ClientClass, NodeSettings, PinnedModel, Settings
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
@@ -31,7 +31,8 @@ def table() -> str:
         part = info.annotation
         if isinstance(part, type) and issubclass(part, BaseModel) and part is not Address:
             parts.append((name, part.__doc__ or "", part))
-    parts.append(("nodes[]", NodeSettings.__doc__ or "", NodeSettings))
+    for name, part in (("nodes[]", NodeSettings), ("clients[]", ClientClass), ("pin[]", PinnedModel)):
+        parts.append((name, part.__doc__ or "", part))
     return "\n".join(_part(*part) for part in parts)
 
 
@@ -70,7 +71,7 @@ def _default(key: str, info: FieldInfo) -> str:
     if info.is_required():
         return "required"
     value = info.default
-    if value is None or value == () or value == frozenset():
+    if value is None or value in ((), frozenset(), {}):
         return "none"
     return f"`{_text(value)}`"
 

@@ -99,7 +99,8 @@ def _node(origin: Origin, host: str) -> Node:
         kind=named.kind,
         agent_url=agent_url,
         source=origin.source if reachable(named.host) == host else "dns",
-        parallel=named.parallel,
+        parallel=named.parallel or 1,
+        parallel_known=named.parallel is not None,
         priority=named.priority,
         preferred_tasks=named.preferred_tasks,
     )

@@ -50,7 +50,8 @@ class Node:
     kind: NodeKind = "ollama"
     agent_url: str | None = None
     source: str = "config"  #: who named it: config, --nodes, OLLAMA_HOST, mdns, dns, local
-    parallel: int = 1  #: OLLAMA_NUM_PARALLEL; Ollama does not report it, default 1
+    parallel: int = 1  #: OLLAMA_NUM_PARALLEL, which Ollama does not report; 1 until learned
+    parallel_known: bool = False  #: the configuration says it: nothing is learned about it
     priority: int = 5  #: only the policy ``score`` reads it, as the seed does
     preferred_tasks: frozenset[str] = frozenset()
 
