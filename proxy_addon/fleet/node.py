@@ -71,6 +71,7 @@ class Node:
     #: canonical name → the reload key of the last request that we sent there for it
     full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
     unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
+    pinned: frozenset[str] = frozenset()  #: canonical names of what should stay in its memory (replicas/)
     turn: int = 0  #: grows with each request given to any node: who has the smallest waits longest
 
     @property
@@ -125,6 +126,8 @@ class Fleet:
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     views: dict[str, View] = field(default_factory=dict)
     #: canonical name → placement's short memory of who may serve it, in large fleets
+    pins: list[dict[str, Any]] = field(default_factory=list)  #: how each pin stands, for the status
+    replicas: list[dict[str, Any]] = field(default_factory=list)  #: those that we made ourselves
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
