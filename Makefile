@@ -1,11 +1,12 @@
 # Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt bench bench-shard lock clean
+.PHONY: help install demo test check fmt bench bench-routing bench-shard lock clean
 
 # The first python3 that runs: a shim of pyenv's may be on PATH and fail.
 PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH_INSTALLED := .venv/.bench
 ARGS ?=
 
 help: ## list these targets
@@ -37,6 +38,14 @@ fmt: install ## format, and mend what lint can mend
 
 bench: install ## measure what agent and proxy cost
 	@$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-routing: $(BENCH_INSTALLED) ## compare routing with other balancers on a simulated fleet; renews docs/routing.md
+	@scripts/test_deps.sh bench
+	@$(BIN)/python scripts/bench_routing.py $(ARGS)
+
+$(BENCH_INSTALLED): $(INSTALLED) scripts/bench.lock.txt
+	@$(PYTHON3) scripts/bootstrap.py bench
+	@touch $@
 
 bench-shard: install ## measure models over several hosts: cost, gain over llama.cpp's split, recovery (as root)
 	@scripts/test_deps.sh

@@ -24,6 +24,7 @@ UV = TOOLS / "uv" / "bin" / "uv"
 SCRATCH = TOOLS / "scratch"
 UV_LOCK = ROOT / "scripts" / "uv.lock.txt"
 LOCK = ROOT / "requirements.lock"
+BENCH_LOCK = ROOT / "scripts" / "bench.lock.txt"
 
 # In order of preference. One lock serves all versions, and the typing-extensions that mitmproxy wants on 3.12
 # holds pydantic at a version that has no wheels for 3.14.
@@ -266,25 +267,40 @@ def provide_libgomp() -> None:
     shutil.copy(library, place)
 
 
+def add_bench() -> None:
+    """Put what `make bench-routing` needs beside what is in `.venv`: other balancers and plots."""
+    say("installing the packages of scripts/bench.lock.txt into .venv")
+    uv("pip", "install", "--python", VENV, "--require-hashes", "-r", BENCH_LOCK)
+
+
 def lock(options: list[str]) -> None:
-    """Remake the lock file from pyproject.toml, for every platform and without naming an index."""
+    """Remake the lock files from pyproject.toml, for every platform and without naming an index.
+
+    What both hold is of one version, so that the benchmarks' packages can be added to the others.
+    """
     oldest = ".".join(map(str, min(SUPPORTED)))
-    where = ["--python", str(VENV), "--python-version", oldest, "--output-file", LOCK.name]
-    what = ["scripts/requirements.in", "--group", "pyproject.toml:dev", "--no-emit-package", "sollol"]
+    where = ["--python", str(VENV), "--python-version", oldest]
     style = ["--quiet", "--universal", "--generate-hashes", "--no-header", "--no-annotate"]
-    uv("pip", "compile", *where, *what, *style, *options)
+    wanted = {
+        LOCK: ["scripts/requirements.in", "--group", "pyproject.toml:dev", "--no-emit-package", "sollol"],
+        BENCH_LOCK: ["--group", "pyproject.toml:bench", "--constraints", LOCK.name],
+    }
+    for file, what in wanted.items():
+        uv("pip", "compile", *where, "--output-file", str(file.relative_to(ROOT)), *what, *style, *options)
 
 
 def main(arguments: list[str]) -> int:
-    """Install everything, or with `lock` remake the lock file; return the exit status.
+    """Install everything; with `lock` remake the lock files, with `bench` add what the benchmarks need.
 
-    What could not be done is said in one sentence.
+    Returns the exit status. What could not be done is said in one sentence.
     """
     try:
         install_uv()
         make_venv()
         if arguments[:1] == ["lock"]:
             lock(arguments[1:])
+        elif arguments[:1] == ["bench"]:
+            add_bench()
         else:
             sync()
             provide_libgomp()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need beside Python: programs from Debian, and ollama-js from the npm registry.
+# With `bench`, what `make bench-routing` needs instead: the balancers to compare with.
 # Does nothing, quickly, where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +15,11 @@ node:nodejs
 npm:npm
 systemd-analyze:systemd
 "
+what="tests"
+if [ "${1-}" = bench ]; then
+    needs="haproxy:haproxy nginx:nginx"
+    what="benchmark"
+fi
 
 PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps nginx and ip, which is not on every user's PATH
 missing="" packages=""
@@ -24,7 +30,7 @@ done
 packages=${packages//,/ }
 
 cannot() {
-    echo "sollol: the tests need$missing, and $1; install them (on Debian: apt-get install$packages) and run this again." >&2
+    echo "sollol: for the $what there should be$missing, but $1; install them (on Debian: apt-get install$packages) and run this again." >&2
     exit 1
 }
 
@@ -45,7 +51,9 @@ install_packages() {
         tail -n 20 "$log" >&2
         cannot "apt-get failed as shown above"
     fi
-    case " $* " in *" nginx "*) $as_root systemctl disable --quiet nginx 2>/dev/null || true ;; esac
+    for service in nginx haproxy; do
+        case " $* " in *" $service "*) $as_root systemctl disable --quiet $service 2>/dev/null || true ;; esac
+    done
 }
 
 if [ -n "$missing" ]; then
@@ -55,10 +63,12 @@ if [ -n "$missing" ]; then
         as_root="sudo -n"
         $as_root true 2>/dev/null || cannot "this user may not install Debian packages"
     fi
-    echo "sollol: installing$packages for the tests"
+    echo "sollol: installing$packages for the $what"
     # shellcheck disable=SC2086 # one word per package
     install_packages $packages
 fi
+
+[ "$what" = tests ] || exit 0
 
 js=tests/e2e/js
 if [ ! $js/node_modules/.package-lock.json -nt $js/package-lock.json ]; then
