@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.report import Report, ShardModel
-from proxy_addon.endpoints import Task
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.coordinators import priors
+from proxy_addon.fleet.demand import Demand
 from proxy_addon.fleet.hardware import Hardware
-from proxy_addon.fleet.measured import PRIOR_FAILURE, Mean, ModelOnNode, OfModel, OfNode, Rate, State
+from proxy_addon.fleet.lengths import Lengths, OutputLengths
+from proxy_addon.fleet.measured import PRIOR_FAILURE, ModelOnNode, OfModel, OfNode, Rate, State
 from proxy_addon.placement.memory import NOTHING_SEEN, Room, room_of
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 OPTIMISM = 1.5  #: enough to outweigh noise and a small difference in failures, too little to outweigh a load
 PREFILL_GAIN_UP = 0.05  #: see :meth:`Speeds._prefill`
-OUTPUT_TOKENS = 256.0  #: of a model that nobody has asked yet
-OUTPUT_GAIN = 0.05
 NEIGHBOUR_SLOWDOWN = 0.25  #: per sequence beside: decoding shares the reading of weights, not the arithmetic
 MIN_PREFILL_TOKENS = 32  #: shorter prompts measure the overhead of a batch
 MAX_PREFILL_PER_DECODE = 500.0  #: beyond it the prompt was in the prefix cache (an H100 has about 150)
@@ -76,6 +75,8 @@ class Speeds:
         state = state or State()
         self.nodes = state.nodes
         self.models = state.models
+        self.lengths = OutputLengths(state.lengths)
+        self.demand = Demand()
         self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
         self._machines: dict[str, Machine] = {}
         self._best: dict[bool, tuple[float, float]] = {}
@@ -90,16 +91,19 @@ class Speeds:
 
     def save(self, path: Path) -> None:
         """Keep the speeds at ``path``, atomically. Raises OSError. May be called from another thread."""
-        State(nodes=self.nodes, models=self.models).save(path)
+        self._state().save(path)
 
     def to_json(self) -> bytes:
         """All that was learned, for :meth:`from_json`."""
-        return State(nodes=self.nodes, models=self.models).to_json()
+        return self._state().to_json()
 
     @classmethod
     def from_json(cls, text: bytes) -> Speeds:
         """The inverse of :meth:`to_json`. Raises ValueError for anything else."""
         return cls(State.from_json(text))
+
+    def _state(self) -> State:
+        return State(nodes=self.nodes, models=self.models, lengths=self.lengths.tables)
 
     # what is expected
 
@@ -129,12 +133,11 @@ class Speeds:
 
     def output_tokens(self, ask: Ask) -> float:
         """Tokens that the answer to ``ask`` is expected to have."""
-        if ask.task is Task.EMBED or ask.load_only:
-            return 0.0
-        model = self.models.get(ask.key)
-        learned = model.output_tokens.get(ask.task) if model else None
-        tokens = learned.value if learned else OUTPUT_TOKENS
-        return tokens if ask.max_tokens is None else min(tokens, float(ask.max_tokens))
+        return self.lengths.of(ask).mean
+
+    def output(self, ask: Ask) -> Lengths:
+        """How many tokens the answer to ``ask`` may have, as a distribution."""
+        return self.lengths.of(ask)
 
     def prompt_tokens(self, ask: Ask) -> float:
         """Tokens that the prompt of ``ask`` is expected to have."""
@@ -248,8 +251,8 @@ class Speeds:
 
     def _of_model(self, ask: Ask, stats: FinalStats) -> None:
         model = self.models.setdefault(ask.key, OfModel())
-        if stats.output_tokens is not None and not ask.load_only and ask.task is not Task.EMBED:
-            model.output_tokens.setdefault(ask.task, Mean()).add(stats.output_tokens, OUTPUT_GAIN)
+        if stats.output_tokens is not None:
+            self.lengths.observe(ask, stats.output_tokens)
         if stats.prompt_tokens and ask.prompt_tokens >= MIN_PREFILL_TOKENS and not ask.images:
             model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0))
 

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
+from proxy_addon.fleet.lengths import Histogram
+
 log = logging.getLogger(__name__)
 
 GAIN = 0.2  #: weight of the newest measurement once there are five
@@ -119,7 +121,6 @@ class OfNode:
 class OfModel:
     """What was measured of a model wherever it ran."""
 
-    output_tokens: dict[str, Mean] = field(default_factory=dict)  #: by task
     prompt_ratio: Rate = field(default_factory=Rate)  #: true prompt tokens ÷ estimated ones
     sizes: dict[int, Rate] = field(default_factory=dict)  #: tokens that it could hold → bytes in memory
 
@@ -131,15 +132,15 @@ class State:
     version: Literal[1] = 1
     nodes: dict[str, OfNode] = field(default_factory=dict)
     models: dict[str, OfModel] = field(default_factory=dict)
+    lengths: dict[str, Histogram] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """For :meth:`from_json`. Safe beside a thread that learns: each table is copied in one step."""
         nodes = {name: _copied(node) for name, node in self.nodes.copy().items()}
         models = {
-            key: OfModel(model.output_tokens.copy(), model.prompt_ratio, model.sizes.copy())
-            for key, model in self.models.copy().items()
+            key: OfModel(model.prompt_ratio, model.sizes.copy()) for key, model in self.models.copy().items()
         }
-        return _STATE.dump_json(State(nodes=nodes, models=models), indent=1)
+        return _STATE.dump_json(State(nodes=nodes, models=models, lengths=self.lengths.copy()), indent=1)
 
     @classmethod
     def from_json(cls, text: bytes) -> State:

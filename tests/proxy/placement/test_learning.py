@@ -141,15 +141,23 @@ def test_no_statistics_teach_no_speed() -> None:
     assert estimate(speeds, n) == before
 
 
-def test_output_length_is_learned_per_model_and_task_and_capped_by_the_client() -> None:
-    speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(), "other": row()})
-    assert speeds.output_tokens(ask()) == 256
-    for tokens in (100, 200):
-        observe(speeds, n, answer(tokens=tokens))
-    assert speeds.output_tokens(ask()) == pytest.approx(150)
-    assert speeds.output_tokens(ask(max_tokens=10)) == 10
-    assert speeds.output_tokens(ask("other")) == 256
+def test_output_length_is_learned_from_answers_and_capped_by_the_client() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    before = speeds.output_tokens(ask())
+    for _ in range(10):
+        observe(speeds, n, answer(tokens=1000))
+    assert speeds.output_tokens(ask()) > 2 * before
+    assert speeds.output_tokens(ask()) == speeds.output(ask()).mean
+    assert speeds.output_tokens(ask(max_tokens=10)) == pytest.approx(10, abs=0.5)
     assert speeds.output_tokens(ask(path="/api/embed")) == 0
+
+
+def test_a_file_of_before_lengths_were_distributions_is_read() -> None:
+    old = b"""{"version": 1, "nodes": {"n": {"known": true, "decode": {"log": 1.0, "n": 3}, "models": {}}},
+        "models": {"m": {"output_tokens": {"generate": {"value": 99.0, "n": 4}}, "sizes": {}}}}"""
+    speeds = Speeds.from_json(old)
+    assert speeds.nodes["n"].decode.n == 3
+    assert speeds.output_tokens(ask()) == Speeds().output_tokens(ask())
 
 
 def test_the_estimate_of_prompt_tokens_is_corrected_per_model() -> None:
