@@ -8,7 +8,7 @@ import orjson
 
 from tests.fakes.engine import ApiError, Generation, Job
 from tests.fakes.exchange import Exchange
-from tests.fakes.native_api import find, prompt_of, require
+from tests.fakes.native_api import ANSWER_TURN, find, prompt_of, require
 from tests.fakes.openai_api import JSON, SSE, event
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ async def messages(node: FakeOllama, exchange: Exchange) -> None:
     model, name, tool = find(node, body["model"]), body["model"], _tool(body)
     think = (body.get("thinking") or {}).get("type") in ("enabled", "adaptive")
     require(model, name, tools=bool(tool), think=think, what="chat")
-    job = Job(model, name, prompt_of(body["messages"]), limit=body["max_tokens"], think=think, tool=tool)
+    prompt, limit = prompt_of(body["messages"]), body["max_tokens"]
+    job = Job(model, name, prompt, limit=limit, think=think, tool=tool, answer_turn=ANSWER_TURN)
     async with Generation(node.scheduler, job) as run:
         shell = {"id": f"msg_{run.tag}", "type": "message", "role": "assistant", "model": name}
 

@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tests.fakes import tokens
+from tests.fakes.clock import clock_ns
 from tests.fakes.machine import Runner, Slot
-from tests.fakes.scheduler import FOREVER_S, Scheduler, clock_ns
+from tests.fakes.scheduler import FOREVER_S, Scheduler
 from tests.fakes.store import FakeModel
 
 Kind = Literal["thinking", "text", "tool"]
@@ -67,6 +68,7 @@ class Job:
     think: bool = False
     tool: Mapping[str, Any] | None = None
     images: int = 0
+    answer_turn: str = ""  # what a template puts between a prompt and its answer, where it keeps them
 
 
 @dataclass
@@ -163,8 +165,16 @@ class Generation:
         if runner is not None:
             if slot is not None:
                 runner.decoding -= 1
+                slot.text += self.job.answer_turn + self._written()
                 runner.give_slot(slot)
             self._scheduler.release(runner)
+
+    def _written(self) -> str:
+        """Return the text generated so far: it stays in the cache behind the prompt."""
+        if self.job.tool is not None:
+            return ""
+        thought = tokens.THINKING_TOKENS if self.job.think else 0
+        return "".join(tokens.token(self.tag, i) for i in range(self.stats.eval_count - thought))
 
     def _all_pieces(self) -> list[Piece]:
         job, stats = self.job, self.stats
@@ -193,14 +203,14 @@ class Generation:
             if step_s <= 0:
                 due = len(pieces)
             else:
-                deadline += step_s
+                due = min(done + scheduler.spec.token_batch, len(pieces)) if done else 1
+                deadline += (due - done) * step_s
                 late_s = loop.time() - deadline
                 if late_s < 0:
                     await asyncio.sleep(-late_s)
-                    due = done + 1
                 else:
-                    due = done + 1 + int(late_s / step_s)
-                    deadline += (due - done - 1) * step_s
+                    late = int(late_s / step_s)
+                    due, deadline = due + late, deadline + late * step_s
             if not scheduler.tokens_go_on.is_set():
                 await scheduler.tokens_go_on.wait()
                 deadline = loop.time()

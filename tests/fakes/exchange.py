@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import h11
 
+from tests.fakes.clock import clock_s
 from tests.fakes.faults import GARBAGE, Fault
 
 UPLOAD_WINDOW_BYTES = 1 << 20
@@ -103,7 +103,7 @@ class Exchange:
     def __init__(self, connection: Wire, request: h11.Request) -> None:
         path, _, query = request.target.decode("latin-1").partition("?")
         headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers.raw_items()]
-        self.record = Received(request.method.decode(), path, query, headers, received_s=time.monotonic())
+        self.record = Received(request.method.decode(), path, query, headers, received_s=clock_s())
         self.lower = {k.decode("latin-1"): v.decode("latin-1") for k, v in request.headers}
         self.fault: Fault | None = None
         self.error_chunk: Callable[[str], bytes] | None = None
@@ -315,7 +315,7 @@ class Exchange:
         self, status: int, content_type: str | None, headers: dict[str, str], length: int | None
     ) -> bytes:
         self.record.status = status
-        self.record.head_sent_s = time.monotonic()
+        self.record.head_sent_s = clock_s()
         self._connection.notice()
         lines = [f"HTTP/1.1 {status} {_reason(status)}"]
         lines += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]

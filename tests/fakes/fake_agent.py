@@ -25,8 +25,6 @@ from agent.server import make_app
 from tests.fakes.models_api import ps_row, tags_row
 from tests.fakes.ollama_node import FakeOllama
 
-MEMORY_BANDWIDTH_BYTES_S = 1.0e12
-
 
 class FakeAgent:
     """Reports what a :class:`~tests.fakes.ollama_node.FakeOllama` has loaded, from its first moment on."""
@@ -66,7 +64,7 @@ class FakeAgent:
                 memory_used_bytes=used // share,
                 memory_free_bytes=(spec.vram_bytes - used) // share,
                 utilisation=1.0 if busy else 0.0,
-                memory_bandwidth_bytes_s=MEMORY_BANDWIDTH_BYTES_S,
+                memory_bandwidth_bytes_s=spec.memory_bandwidth_bytes_s,
             )
             for index in range(spec.gpus if spec.vram_bytes else 0)
         ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import cast
 
 import h11
 
+from tests.fakes.clock import clock_s
 from tests.fakes.exchange import Aborted, Exchange, Notice, Received
 from tests.fakes.faults import GARBAGE, Fault
 
@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol):
         finally:
             if record.outcome == "open":
                 record.outcome = "cancelled"
-            record.finished_s = time.monotonic()
+            record.finished_s = clock_s()
             self._server.notice()
         dropped = exchange.discard()
         while reuse and not exchange.body_complete and dropped < DISCARD_BYTES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +37,23 @@ class NodeSpec:
     decode_tok_s: float = 50.0
     cpu_slowdown: float = 10.0
     neighbour_slowdown: float = 0.25
+    runner_slowdown: float = 0.0  # per other runner at work: processes on one GPU take turns
+    memory_bandwidth_bytes_s: float = 1e12  # what the agent reports of it
+    # Where they are not 0, speeds follow the model: tokens a second × bytes of the model.
+    prefill_bytes_s: float = 0.0
+    decode_bytes_s: float = 0.0
+    token_batch: int = 1  # tokens, after the first, that come at a time: fewer wake-ups of the test's loop
+    # What may befall a machine; to be changed at run time.
+    slow_factor: float = 1.0
+    gpu_lost: bool = False  # what is loaded from now on runs on the CPU
+
+    def prefill_speed(self, model_bytes: int) -> float:
+        """Prompt tokens a second, alone on the accelerator."""
+        return self.prefill_bytes_s / model_bytes if self.prefill_bytes_s else self.prefill_tok_s
+
+    def decode_speed(self, model_bytes: int) -> float:
+        """Tokens of an answer a second, alone on the accelerator."""
+        return self.decode_bytes_s / model_bytes if self.decode_bytes_s else self.decode_tok_s
 
     @property
     def num_ctx(self) -> int:
@@ -52,11 +68,16 @@ class NodeSpec:
         return self.max_loaded_models or max(3, 3 * self.gpus)
 
 
+#: Of a prompt, what a slot must hold already to be preferred to the one used longest ago (llama-server's
+#: ``--slot-prompt-similarity``).
+SLOT_SIMILARITY = 0.1
+
+
 @dataclass(eq=False)
 class Slot:
-    """One sequence of a runner, with the prompt its cache holds."""
+    """One sequence of a runner, with the text its cache holds: the last prompt and the answer to it."""
 
-    prompt: str = ""
+    text: str = ""
 
 
 @dataclass(eq=False)
@@ -105,13 +126,15 @@ class Runner:
                     self.give_slot(future.result())
                 raise
         else:
-            slot = max(self.free, key=lambda s: _common(s.prompt, prompt))
+            slot = max(self.free, key=lambda s: common_length(s.text, prompt))
+            if common_length(slot.text, prompt) <= SLOT_SIMILARITY * len(prompt):
+                slot = self.free[0]
             self.free.remove(slot)
-        cached, slot.prompt = _common(slot.prompt, prompt), prompt
+        cached, slot.text = common_length(slot.text, prompt), prompt
         return slot, cached
 
     def give_slot(self, slot: Slot) -> None:
-        """Hand a slot to the next in line."""
+        """Hand a slot to the next in line; the free ones lie in the order of their last use."""
         while self.waiting:
             future = self.waiting.popleft()
             if not future.done():
@@ -119,5 +142,13 @@ class Runner:
         self.free.append(slot)
 
 
-def _common(a: str, b: str) -> int:
-    return len(os.path.commonprefix((a, b)))  # noqa: RUF071  characters are meant
+def common_length(a: str, b: str) -> int:
+    """Return how many characters two texts begin with alike, by bisection: each step compares in C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

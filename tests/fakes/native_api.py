@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from tests.fakes.clock import clock_ns
 from tests.fakes.engine import ApiError, Generation, Job, count_tokens, embedding, keep_alive_s, normalised
 from tests.fakes.exchange import Exchange
-from tests.fakes.scheduler import clock_ns
 from tests.fakes.store import FakeModel
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def require(model: FakeModel, name: str, *, tools: bool, think: bool, what: str)
         raise ApiError(400, f"registry.ollama.ai/library/{name} does not support tools")
     if think and "thinking" not in model.capabilities:
         raise ApiError(400, f'"{name}" does not support thinking')
+
+
+ANSWER_TURN = "\nassistant: "
 
 
 def prompt_of(messages: Iterable[dict[str, Any]]) -> str:
@@ -122,6 +125,7 @@ async def chat(node: FakeOllama, exchange: Exchange) -> None:
         think,
         wanted_tool(tools, messages),
         images=sum(len(m.get("images") or []) for m in messages),
+        answer_turn=ANSWER_TURN,
     )
     async with Generation(node.scheduler, job) as run:
         shell = {"model": name, "created_at": now(), "done": False}

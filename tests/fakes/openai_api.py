@@ -14,7 +14,7 @@ import orjson
 
 from tests.fakes.engine import ApiError, Generation, Job, count_tokens, normalised
 from tests.fakes.exchange import Exchange
-from tests.fakes.native_api import embed_texts, find, prompt_of, require, wanted_tool
+from tests.fakes.native_api import ANSWER_TURN, embed_texts, find, prompt_of, require, wanted_tool
 from tests.fakes.store import FakeModel, short
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ async def chat(node: FakeOllama, exchange: Exchange) -> None:
     think = body.get("reasoning_effort") not in (None, "none")
     require(model, name, tools=bool(tools), think=think, what="chat")
     tool = wanted_tool(tools, messages)
-    job = Job(model, name, prompt_of(messages), limit=_limit(body), think=think, tool=tool)
+    job = Job(
+        model, name, prompt_of(messages), limit=_limit(body), think=think, tool=tool, answer_turn=ANSWER_TURN
+    )
     async with Generation(node.scheduler, job) as run:
         base = {"id": f"chatcmpl-{run.tag}", "created": int(time.time()), "model": name}
         base["system_fingerprint"] = "fp_ollama"

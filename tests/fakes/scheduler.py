@@ -12,11 +12,11 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import partial
-from time import monotonic
 from typing import Any
 
+from tests.fakes.clock import clock_s, date_at
 from tests.fakes.exchange import Notice
 from tests.fakes.faults import TEXTS
 from tests.fakes.machine import RELOAD_OPTIONS, NodeSpec, Runner, Slot
@@ -237,7 +237,8 @@ class Scheduler:
         if len(self.runners) >= self.spec.loaded_limit:
             return False
         predicted = ask.model.size + ask.model.kv_bytes(ask.options["num_ctx"], self.parallel(ask.model))
-        return predicted <= 0.8 * self.vram_free
+        on_gpu = self.spec.vram_bytes and not self.spec.gpu_lost
+        return predicted <= 0.8 * (self.vram_free if on_gpu else self.ram_free)
 
     def _victim(self) -> Runner:
         idle = [r for r in self.runners.values() if r.references <= 0]
@@ -285,6 +286,8 @@ class Scheduler:
 
     def _on_gpu(self, model: FakeModel, size: int, num_gpu: int | None) -> int:
         """Return how many bytes go to VRAM: all, or as many whole layers as fit (or are asked for)."""
+        if self.spec.gpu_lost:
+            return 0
         layers = model.block_count + 1  # the output layer counts as one
         per_layer = (size - COMPUTE_BYTES) / layers
         fit = layers if size <= self.vram_free else max(0, int((self.vram_free - COMPUTE_BYTES) / per_layer))
@@ -297,24 +300,22 @@ class Scheduler:
 
     def prefill_s(self, runner: Runner, tokens: int) -> float:
         """Return how long ``tokens`` of a prompt take, in the real machine's seconds."""
-        return tokens / self.spec.prefill_tok_s * self._offload_factor(runner)
+        return tokens / self.spec.prefill_speed(runner.model.size) * self._slowness(runner)
 
     def token_s(self, runner: Runner) -> float:
         """Return how long one token takes at the runner's present concurrency."""
         crowd = 1 + self.spec.neighbour_slowdown * max(0, runner.decoding - 1)
-        return crowd * self._offload_factor(runner) / self.spec.decode_tok_s
+        return crowd * self._slowness(runner) / self.spec.decode_speed(runner.model.size)
 
-    def _offload_factor(self, runner: Runner) -> float:
-        on_gpu = runner.vram_bytes / runner.size_bytes
-        return on_gpu + (1 - on_gpu) * self.spec.cpu_slowdown
+    def _slowness(self, runner: Runner) -> float:
+        """Return how many times slower the runner is than alone, wholly on a sound accelerator."""
+        spec, on_gpu = self.spec, runner.vram_bytes / runner.size_bytes
+        offload = on_gpu + (1 - on_gpu) * spec.cpu_slowdown
+        others = sum(1 for other in self.runners.values() if other is not runner and other.decoding)
+        return offload * spec.slow_factor * (1 + spec.runner_slowdown * others)
 
 
 def _expiry(session_s: float) -> datetime:
     """Return when a session ends; forever is, as in Go's maximal duration, about 292 years."""
     years = 292 * 365.25 * 86400
-    return datetime.now(UTC) + timedelta(seconds=min(session_s, years) if math.isfinite(session_s) else years)
-
-
-def clock_ns() -> int:
-    """Return the clock that durations are measured with."""
-    return int(monotonic() * 1e9)
+    return date_at(clock_s() + (min(session_s, years) if math.isfinite(session_s) else years))
