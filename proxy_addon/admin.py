@@ -22,6 +22,7 @@ PREFIX = "/sollol/"
 EXPLAIN = "/sollol/explain/"
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 1000
+REQUEST = "request"  #: the kind of entry that a request is; of other kinds are notes of what the proxy did
 
 
 class Admin:
@@ -76,7 +77,10 @@ class Admin:
         asked = request.query.get("limit", str(DEFAULT_LIMIT))
         if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked[:9]) <= MAX_LIMIT):
             return errors.response("native", 400, f"limit should be 1 to {MAX_LIMIT}, not {asked[:40]!r}")
-        return _json({"requests": self.journal.recent(int(asked))})
+        kind = request.query.get("kind", REQUEST)
+        if kind == REQUEST:
+            return _json({"requests": self.journal.recent(int(asked))})
+        return _json({"notes": self.journal.noted(kind, int(asked))})
 
     def _explain(self, request: http.Request) -> http.Response:
         request_id = unquote(request.path.partition("?")[0].removeprefix(EXPLAIN))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy_addon.placement.features import AskFeatures, Features
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -26,6 +28,8 @@ class Decision:
     candidates: tuple[Candidate, ...]
     reason: str
     awaits: tuple[str, ...] = ()  #: coordinators that could serve it, but not now; nobody else can
+    ask: AskFeatures | None = None  #: what the policy read of the request
+    rows: tuple[Features, ...] = ()  #: and of each candidate that has a cost
 
     @property
     def chosen(self) -> Candidate | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +26,9 @@ from proxy_addon.commands.client import human_bytes, human_s
 from proxy_addon.commands.models import by_model
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
-from proxy_addon.journal import Journal, entry
+from proxy_addon.journal import Journal
 from proxy_addon.placement.decision import Candidate, Decision
+from proxy_addon.record import Record
 from proxy_addon.settings import Settings
 from proxy_addon.telemetry import Telemetry
 from tests.proxy.test_admin import StandIn
@@ -85,6 +86,13 @@ def url(admin: Admin) -> Iterator[str]:
 
     with serving(answer) as base:
         yield base
+
+
+async def journalled(admin: Admin, *made: Record) -> None:
+    """Have these requests in the journal."""
+    for each in made:
+        admin.journal.add(each)
+    await admin.journal.close()
 
 
 def test_help_lists_every_command_and_no_later_one() -> None:
@@ -266,9 +274,7 @@ def test_explain_tells_the_way_and_the_reason(url: str, admin: Admin, ask: tuple
         Candidate("[fe80::2]:1", excluded="[Errno 111] :x: refused"),
     )
     second.decisions = [Decision("finish_time", "a:1", rows, "a:1 finishes first")]
-    for made in (first, second):
-        # The ring alone: the disk needs a loop, and is tested with the journal.
-        admin.journal._ring.append(entry(made, datetime.now(UTC)))
+    asyncio.run(journalled(admin, first, second))
     shown = run("explain", *ask, "--url", url)
     assert shown.exit_code == 0, shown.output
     table = [line.split() for line in shown.output.splitlines()]

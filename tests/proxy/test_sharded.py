@@ -264,11 +264,12 @@ async def test_a_diverted_request_is_explained_with_its_plan_which_is_journalled
         assert "14-27 and output" in shown
         journal = found.proxy.sollol.journal
         assert list(journal.plans) == [plan_id]
-        journal._flush()
-        await until(lambda: journal.path.exists() and plan_id in journal.path.read_text())
-        lines = [orjson.loads(line) for line in journal.path.read_bytes().splitlines()]
+        journal.file.flush()
+        path = journal.file.path
+        await until(lambda: path.exists() and plan_id in path.read_text())
+        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
         assert [line["coordinator"] for line in lines if "coordinator" in line] == [coordinator.host_port]
-        again = type(journal)(journal.path.parent)
+        again = type(journal)(path.parent)
         assert list(again.plans) == [plan_id]  # after a restart it is known, and not noted again
 
 
