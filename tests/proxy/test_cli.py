@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ import orjson
 import pytest
 from mitmproxy import http
 from mitmproxy.test import tflow
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from agent.report import Resident
 from proxy_addon import cli
 from proxy_addon.admin import Admin
-from proxy_addon.commands.client import human_bytes, human_s
+from proxy_addon.commands import explain
+from proxy_addon.commands.client import NoAnswer, human_bytes, human_s
 from proxy_addon.commands.models import by_model
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
@@ -287,6 +290,103 @@ def test_explain_tells_the_way_and_the_reason(url: str, admin: Admin, ask: tuple
     assert "may not serve: [Errno 111] :x: refused" in shown.output
     assert ["b:1", "0", "ms", "500", "ms", "died"] in table
     assert "prompt tokens 5, output tokens 7" in shown.output
+
+
+ENTRY: dict[str, Any] = {
+    "id": "x",
+    **dict.fromkeys(("at", "client", "protocol", "path", "outcome", "node", "model"), "text"),
+    **{"status": 200, "duration_s": 1.5, "first_byte_s": 0.5, "shard_plan": "p"},
+    **{"kind": "generation", "complexity": "simple", "requires_gpu": True, "priority": 5},
+    **{"queued_s": 1.5, "queue_position": 3},
+    "decisions": [
+        {
+            **{"policy": "score", "node": "a:1", "reason": "text", "candidates_left_out": 2},
+            "candidates": [
+                {"node": "a:1", "cost": 1.5, "terms": {"decode_s": 1.5}, "notes": ["resident"]},
+                {"node": "b:1", "excluded": "is down"},
+            ],
+        }
+    ],
+    "attempts": [{"node": "a:1", "started_s": 0.1, "ended_s": None, "outcome": "ok", "detail": ""}],
+    "stats": {"output_tokens": 7, "load_s": None},
+}
+NOTE = {"note": "action", "id": "x", "at": "text", "data": {"does": "load", "after_s": 3.25, "why": None}}
+
+
+def spoiled(value: Any) -> Iterator[Any]:
+    """``value`` with one thing in it missing or of another kind, in every way."""
+    for part in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        shortened = value.copy()
+        del shortened[part]
+        yield shortened
+        for wrong in (None, 7, "text", [], {}, [None], {"x": 1}, *spoiled(value[part])):
+            changed = value.copy()
+            changed[part] = wrong
+            yield changed
+
+
+def test_explain_shows_an_entry_or_says_that_it_cannot() -> None:
+    answers = [None, 7, [], {}, *spoiled(ENTRY), *spoiled(NOTE)]
+    told = 0
+    for answer in answers:
+        console = Console(width=200, file=io.StringIO())
+        try:
+            explain.show(answer, console)
+        except NoAnswer as exc:
+            assert "this entry cannot be shown" in str(exc)
+            assert console.file.getvalue() == ""  # type: ignore[attr-defined]  # a StringIO: nothing half
+            told += 1
+    assert len(answers) / 4 < told < len(answers)
+
+
+def test_what_explain_cannot_show_is_one_sentence() -> None:
+    with serving(lambda _: (200, orjson.dumps({**ENTRY, "decisions": [{"nodes": 1}]}))) as url:
+        shown = run("explain", "x", "--url", url)
+        assert shown.exit_code == 1
+        assert shown.output == (
+            "sollol explain: this entry cannot be shown, for another version of SOLLOL has written it or it"
+            " is damaged; --json prints it as it is\n"
+        )
+        assert orjson.loads(run("explain", "x", "--json", "--url", url).output)["id"] == "x"
+        shown = run("explain", "--url", url)
+        assert shown.output == (
+            f"sollol explain: the proxy at {url} is of another version: it tells of no requests\n"
+        )
+
+
+def test_explain_tells_what_was_asked_for_and_how_long_it_waited() -> None:
+    with serving(lambda _: (200, orjson.dumps(ENTRY))) as url:
+        shown = run("explain", "x", "--url", url).output
+    assert (
+        "\nasked for generation (simple, with a GPU), priority 5, queued for 1.5 s at position 3\n" in shown
+    )
+
+
+def test_explain_lists_what_the_proxy_did_by_itself(url: str, admin: Admin) -> None:
+    async def note() -> str:
+        noted = admin.journal.note(
+            "action", {"does": "load", "model": "gemma3", "node": None, "after_s": 3.25}
+        )
+        await admin.journal.close()
+        return noted
+
+    shown = run("explain", "--kind", "action", "--url", url)
+    assert shown.output == "sollol explain: the proxy has noted no 'action' yet\n"
+    entry_id = asyncio.run(note())
+    shown = run("explain", "--kind", "action", "--url", url)
+    assert shown.exit_code == 0
+    cells = [cell.strip() for cell in shown.output.splitlines()[1].split("  ") if cell.strip()]
+    assert cells[1:] == [entry_id, "does load, model gemma3, after 3.2 s"]
+    assert run("explain", entry_id, "--url", url).output.splitlines()[1:] == [
+        "does load",
+        "model gemma3",
+        "after 3.2 s",
+    ]
+    mistaken = run("explain", entry_id, "--kind", "action", "--url", url)
+    assert (mistaken.exit_code, mistaken.output) == (
+        2,
+        "sollol explain: an ID says what is meant: leave out --kind\n",
+    )
 
 
 def test_explain_without_anything_to_explain(url: str) -> None:
