@@ -14,16 +14,26 @@ import orjson
 import zstandard
 
 from agent.ollama import names
-from proxy_addon.analysis import Complexity, Kind
+from proxy_addon.analysis import Complexity, Kind, complexity_of, kind_of, needs_gpu
 from proxy_addon.endpoints import ENDPOINTS, Endpoint, Handling, Task
+from proxy_addon.prefix import Prefix, prefix_of
+from proxy_addon.prompt import parts_of, question
 
-BYTES_PER_TOKEN = 4.0  #: English text in common BPE vocabularies; learning corrects it per model
-TOKENS_PER_IMAGE = 768  #: between gemma3's 256 and llava's 2,880: an image is worth a long paragraph
 ZSTD_LIMIT_BYTES = 20 << 20  #: Ollama's own cap on a decoded /v1 body
 LARGEST_INT = (1 << 63) - 1  #: that of Ollama, and of the JSON in which the journal is written
 
-#: Options that make Ollama reload a runner when they change (``server/sched.go`` ``needsReload``).
-RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+#: Options that make Ollama reload a runner when they change (``server/sched.go`` ``needsReload``), and their
+#: types. So does ``shift``, which stands beside the options.
+RELOAD_OPTIONS: tuple[tuple[str, type], ...] = (
+    ("main_gpu", int),
+    ("num_batch", int),
+    ("num_ctx", int),
+    ("num_gpu", int),
+    ("num_thread", int),
+    ("use_mmap", bool),
+)
+#: What asks for nothing else than a request without the option: Ollama's own defaults (``api/types.go``).
+_UNSET = frozenset({("main_gpu", 0), ("num_gpu", -1), ("num_thread", 0)})
 
 #: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
 _OPAQUE = frozenset(
@@ -32,9 +42,7 @@ _OPAQUE = frozenset(
     if e.path == "/api/blobs/*" or (e.handling is Handling.PIN and e.path != "/api/push")
 )
 
-ReloadKey = tuple[tuple[str, Any], ...]
-#: Growing prefixes of a prompt, the shortest first: keyed hash of the text so far, and its estimated tokens.
-Prefix = tuple[tuple[bytes, int], ...]
+ReloadKey = tuple[tuple[str, int | bool], ...]
 
 
 class BadRequest(Exception):
@@ -66,7 +74,7 @@ class Ask:
     kind: Kind = "generation"  #: what is asked for, by the words of the request; see analysis.py
     complexity: Complexity = "simple"
     requires_gpu: bool = False
-    prefix: Prefix = ()  #: what the prompt begins with; never written down
+    prefix: Prefix = field(default=(), repr=False)  #: what the prompt begins with; never written down
     priority: int = 5  #: 1 (batch) to 10 (critical), already capped by what the client may ask for
     client: str = ""  #: its address, or the name of its class where a key names it
     weight: float = 1.0  #: of the client, beside others of the same priority
@@ -172,59 +180,53 @@ def _int(body: Mapping[str, Any], name: str) -> int | None:
 
 
 def _inference(ask: Ask, body: Mapping[str, Any]) -> None:
-    options = _typed(body, "options", dict, {})
-    ask.num_ctx = _int(options, "num_ctx")
-    ask.reload_key = tuple(
-        (name, options[name]) for name in sorted(RELOAD_OPTIONS) if options.get(name) is not None
-    )
     native = ask.endpoint.protocol == "native"
-    limit = _int(options, "num_predict") if native else None
+    options = _typed(body, "options", dict, {}) if native else {}  # elsewhere Ollama reads none
+    ask.reload_key = _reload_key(options, body if native else {})
+    ask.num_ctx = next((int(value) for name, value in ask.reload_key if name == "num_ctx"), None)
+    limit = _int(options, "num_predict")
     for name in () if native else ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         limit = limit if limit is not None else _int(body, name)
     ask.max_tokens = limit if limit is not None and limit >= 0 else None
     ask.keep_alive = body.get("keep_alive")
     ask.tools = len(_typed(body, "tools", list, []))
-    text, ask.images = _measure(body)
-    ask.prompt_tokens = int(text / BYTES_PER_TOKEN) + ask.images * TOKENS_PER_IMAGE
     if native and ask.task is Task.GENERATE:
         messages = _typed(body, "messages", list, [])
         ask.load_only = not messages if ask.endpoint.path == "/api/chat" else not body.get("prompt")
         ask.unload = ask.load_only and _is_zero(ask.keep_alive)
+    _read(ask, body)
+
+
+def _read(ask: Ask, body: Mapping[str, Any]) -> None:
+    """Take the measures of the prompt."""
+    parts = parts_of(body)
+    ask.prompt_tokens = int(sum(part.tokens for part in parts))
+    ask.images = sum(len(part.media) for part in parts)
+    ask.kind = kind_of(ask.task, question(parts))
+    ask.complexity = complexity_of(ask.prompt_tokens)
+    ask.requires_gpu = needs_gpu(ask.task, ask.complexity, ask.images)
+    if ask.task is Task.GENERATE and not ask.load_only:
+        ask.prefix = prefix_of(parts)
+
+
+def _reload_key(options: Mapping[str, Any], body: Mapping[str, Any]) -> ReloadKey:
+    """What of a request shapes the runner, without what says no more than the default does."""
+    found: list[tuple[str, int | bool]] = []
+    for name, kind in RELOAD_OPTIONS if options else ():
+        value = _int(options, name) if kind is int else _typed(options, name, kind, None)
+        if name == "num_gpu" and value is not None and value < 0:
+            value = -1  # "as many layers as fit", like no number at all
+        if value is not None and (name, value) not in _UNSET:
+            found.append((name, value))
+    if _typed(body, "shift", bool, True) is False:  # without it almost all models shift
+        found.append(("shift", False))
+    return tuple(sorted(found))
 
 
 def _is_zero(keep_alive: Any) -> bool:
     if isinstance(keep_alive, str):
         return keep_alive.strip().rstrip("hmsnuµ") == "0"
     return keep_alive is not None and not isinstance(keep_alive, bool) and keep_alive == 0
-
-
-_PROMPT_FIELDS = ("prompt", "system", "suffix", "template", "input", "instructions", "messages", "tools")
-
-
-def _measure(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Characters of text that the model will read, and the number of images, wherever the body has them."""
-    characters = 0
-    images = len(body["images"]) if isinstance(body.get("images"), list) else 0
-    todo: list[Any] = [body.get(name) for name in _PROMPT_FIELDS]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str):
-            characters += len(value)
-        elif isinstance(value, list):
-            if value and isinstance(value[0], int):  # token ids
-                characters += int(len(value) * BYTES_PER_TOKEN)
-            else:
-                todo.extend(value)
-        elif isinstance(value, dict):
-            if value.get("type") in ("image_url", "input_image", "image"):
-                images += 1
-                continue
-            for name, inner in value.items():
-                if name == "images" and isinstance(inner, list):
-                    images += len(inner)
-                else:
-                    todo.append(inner)
-    return characters, images
 
 
 def _form_field(content_type: str, content: bytes, name: str) -> str:

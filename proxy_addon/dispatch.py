@@ -21,6 +21,7 @@ from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.diversion import Diversion
 from proxy_addon.placement.policies import decide
+from proxy_addon.placement.runner import slots_of
 from proxy_addon.record import Attempt, Record
 from proxy_addon.retry import backoff_s
 from proxy_addon.settings import Settings
@@ -113,6 +114,7 @@ class Dispatch:
                 decision.expected_s,
                 load=decision.chosen.terms.get("load_s", 0.0) > 0,
                 service_s=decision.service_s,
+                slots=slots_of(node, rec.ask, node.models[rec.ask.key]),
             )
             node.loaded_with[rec.ask.key] = rec.ask.reload_key
         point_at(flow, node)
@@ -126,7 +128,7 @@ class Dispatch:
     def release(self, flow: http.HTTPFlow, rec: Record, outcome: str, detail: str = "") -> None:
         """The attempt is over: take the request off its node, once, and say how it ended."""
         if rec.flight is not None:
-            rec.flight.drop()
+            rec.flight.drop((rec.stats.output_tokens or 0) if rec.stats else 0)
             rec.flight = None
         if rec.node is not None:
             flows = self.in_flight.get(rec.node)

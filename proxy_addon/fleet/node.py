@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from agent.report import Model, NodeKind, Report, Resident
 from proxy_addon.fleet.health import Health
+from proxy_addon.fleet.prefix_cache import PrefixCache, Slot
 
 if TYPE_CHECKING:
-    from proxy_addon.ask import Ask
+    from proxy_addon.ask import Ask, ReloadKey
     from proxy_addon.placement.view import View
 
 _TURNS = count(1)
@@ -33,12 +34,24 @@ class Flight:
     first_byte_s: float | None = None
     load: bool = False  #: the decision expects this request to load its model
     service_s: float | None = None  #: of ``expected_s`` prefill and decode alone; None: all of it
+    slot: Slot | None = None  #: which of the runner's it is expected to take
 
-    def drop(self) -> None:
-        """Take the request off the node; harmless the second time."""
-        if self in self.node.flights:
-            self.node.flights.discard(self)
-            self.node.in_use[self.ask.key] -= 1
+    def drop(self, output_tokens: int = 0) -> None:
+        """Take the request off the node, which has answered with so many tokens; harmless the second time."""
+        node, key = self.node, self.ask.key
+        if self not in node.flights:
+            return
+        node.flights.discard(self)
+        node.work_s = node.work_s - self._work_s if node.flights else 0.0
+        node.in_use[key] -= 1
+        if not node.in_use[key]:
+            del node.in_use[key]
+        if self.slot is not None:
+            self.slot.ended(self.ask.prefix, output_tokens)
+
+    @property
+    def _work_s(self) -> float:
+        return self.expected_s if self.service_s is None else self.service_s
 
 
 @dataclass(eq=False, slots=True)
@@ -66,9 +79,13 @@ class Node:
     health: Health = field(default_factory=Health)
     leaving: bool = False  #: its name or announcement is gone: no new work; removed once idle
     flights: set[Flight] = field(default_factory=set)
-    in_use: Counter[str] = field(default_factory=Counter)  #: flights by model; kept by take and drop alone
-    loaded_with: dict[str, tuple[tuple[str, object], ...]] = field(default_factory=dict)
-    #: canonical name → the reload key of the last request that we sent there for it
+    in_use: Counter[str] = field(default_factory=Counter)
+    #: flights by model, of those that have some; kept by take and drop alone
+    work_s: float = 0.0  #: that all flights were expected to be worked on; kept by take and drop alone
+    loaded_with: dict[str, ReloadKey] = field(default_factory=dict)
+    #: canonical name → the reload key of the last request that we sent there for it; none of another runner
+    loads: set[str] = field(default_factory=set)  #: models whose load we have caused and no poll has shown
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
     full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
     unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
     pinned: frozenset[str] = frozenset()  #: canonical names of what should stay in its memory (replicas/)
@@ -104,13 +121,36 @@ class Node:
         expected_s: float,
         load: bool = False,
         service_s: float | None = None,
+        slots: int | None = None,
     ) -> Flight:
-        """Count a request as in flight here until its handle is dropped."""
+        """Count a request as in flight here until its handle is dropped.
+
+        ``slots`` is how many the model's runner has, where that is not ``parallel``.
+        """
         flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
+        if load and ask.key not in self.loads:
+            self.loads.add(ask.key)
+            self.prefixes.forget(ask.key)
+        flight.slot = self.prefixes.note(ask.key, ask.prefix, slots or self.parallel)
         self.flights.add(flight)
         self.in_use[ask.key] += 1
+        self.work_s += flight._work_s
         self.turn = next(_TURNS)
         return flight
+
+    def holds(self, resident: dict[str, Resident]) -> None:
+        """Take over what is in its memory, and forget what was known of runners that are gone.
+
+        One that went or changed because of a load of ours is not among them: what is known is of the new one.
+        """
+        before, self.resident = self.resident, resident
+        for key, row in before.items():
+            now = resident.get(key)
+            changed = now is None or now.context_length != row.context_length
+            if changed and key not in self.loads:
+                self.prefixes.forget(key)
+                self.loaded_with.pop(key, None)
+        self.loads &= {f.ask.key for f in self.flights if f.load and f.first_byte_s is None}
 
 
 @dataclass(eq=False, slots=True)

@@ -184,7 +184,7 @@ class NodeWatch:
         if self._alive.failed(now_s, failure.at_once) is None:
             return
         node.poll_error = f"it {failure.reason}"
-        node.resident = {}
+        node.holds({})
         self._seen.clear()
         self.looked.set()
         what = "is lost" if before == "up" else "cannot be used yet"
@@ -202,7 +202,7 @@ class NodeWatch:
 
     def _set_resident(self, resident: dict[str, Resident]) -> None:
         if resident is not self.node.resident:  # the answer was not the same, byte for byte
-            self.node.resident = resident
+            self.node.holds(resident)
             self._fleet.news(self.node)
 
     async def _ask[Row: (Model, Resident)](
