@@ -86,8 +86,8 @@ class FakeAgent:
             gpus=gpus,
             ollama=Ollama(
                 url=node.url,
-                reachable=node.server.listening,
-                error=None if node.server.listening else f"{node.host_port} refused the connection",
+                reachable=node.listening,
+                error=None if node.listening else f"{node.host_port} refused the connection",
                 version=node.version,
                 models=[Model.model_validate(tags_row(model)) for model in node.store.listing()],
                 resident=[Resident.model_validate(ps_row(runner)) for runner in runners],

@@ -170,6 +170,11 @@ class FakeOllama:
         """``http://127.0.0.1:port``."""
         return f"http://{self.host_port}"
 
+    @property
+    def listening(self) -> bool:
+        """Whether new connections are accepted."""
+        return self.server.listening
+
     # what it received
 
     @property

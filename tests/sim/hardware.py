@@ -21,10 +21,11 @@ from tests.fakes.ollama_node import NodeSpec
 from tests.fakes.store import GIB, FakeModel, embedding_model
 
 GB = 1e9
-BANDWIDTH_SHARE = 0.55  #: Databricks, "LLM Inference Performance Engineering", 2023: 50 to 60 % at batch size 1
+#: Databricks, "LLM Inference Performance Engineering", 2023, measured 50 to 60 % at batch size 1.
+BANDWIDTH_SHARE = 0.55
 REFERENCE_BYTES = 4.58 * GIB  #: the 8B model at Q4_K_M that prompt speeds were measured with
 DEVIATION = 1.3
-#: A sequence more in the batch: llama.cpp's ``llama-batched-bench`` on an 8B model gains about 2.3× from four.
+#: A sequence more in the batch: ``llama-batched-bench`` with an 8B model gains about 2.3× from four.
 NEIGHBOUR_SLOWDOWN = 0.25
 #: Processes on one GPU are time-sliced (NVIDIA, "Multi-Process Service", about what happens without it).
 RUNNER_SLOWDOWN = 1.0
@@ -62,7 +63,9 @@ RYZEN = Kind("Ryzen 5950X", 0, 64 * GIB, RAM_BYTES_S, 96, SATA)
 UNLIKE = (RTX_4090, RTX_3090, RTX_4080, RTX_4060_TI, RTX_3070, RYZEN)  #: 2×24 GB, 2×16 GB, 8 GB, CPU
 
 
-def _model(name: str, size_gb: float, blocks: int, width: int, heads: int, kv_heads: int, ctx: int) -> FakeModel:
+def _model(
+    name: str, size_gb: float, blocks: int, width: int, heads: int, kv_heads: int, ctx: int
+) -> FakeModel:
     return FakeModel(
         name,
         size=int(size_gb * GB),
