@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import aiohttp
 import orjson
@@ -18,6 +19,8 @@ JSON = "application/json; charset=utf-8"
 
 #: For a short question (show, copy, HEAD of a blob); to delete tens of GB from a slow disk takes longest.
 ANSWER_TIMEOUT_S = 60.0
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 #: A node that cannot be reached counts like one whose gateway says so.
 UNREACHABLE = 502
@@ -52,18 +55,26 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The session that all parts share, and how long connecting may take."""
+    """The session that all parts share, how long connecting may take, and how long the whole answer."""
 
     session: aiohttp.ClientSession
     connect_s: float
+    answer_s: float = ANSWER_TIMEOUT_S
 
-    async def ask(self, node: Node, method: str, path: str, body: bytes = b"") -> Answer:
+    async def ask(
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> Answer:
         """Send one request to ``node`` and return its whole answer, whatever the status.
 
         ``path`` has the client's query, unchanged. Redirects are not followed.
         """
-        limits = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S, sock_connect=self.connect_s)
-        headers = {"content-type": "application/json"} if body else None
+        limits = aiohttp.ClientTimeout(total=self.answer_s, sock_connect=self.connect_s)
+        headers = {**headers, "content-type": "application/json"} if body else headers
         try:
             async with self.session.request(
                 method,

@@ -1,0 +1,216 @@
+"""Acts on what ``plan.py`` and ``pins.py`` decide, and says why, in the journal.
+
+It looks at the fleet when there is news, when requests come and go, and when the last look said so; at most
+once in :data:`LOOK_EVERY_S`, and never while nothing can have changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from agent.ollama import names
+from proxy_addon.placement.diversion import Diversion
+from proxy_addon.record import Record
+from proxy_addon.replicas import snapshot
+from proxy_addon.replicas.actions import Action, Keep, Load
+from proxy_addon.replicas.hands import Hands
+from proxy_addon.replicas.pins import PAUSE_S, Past, Pin, hold
+from proxy_addon.replicas.plan import State, plan
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.1
+SERVICE_GAIN = 0.1  #: of one request in what is expected of the next
+KIND = "replica"  #: of the notes in the journal
+
+NO_LINE: Mapping[str, int] = {}
+
+
+class Keeper:
+    """Keeps pinned models in memory and, where ``replicas`` is ``auto``, hot models on several nodes.
+
+    ``note`` writes to the journal, ``count`` counts an action by its name, ``waiting`` says how many requests
+    of each model (canonical name) wait in the proxy's own line.
+    """
+
+    def __init__(
+        self,
+        hands: Hands,
+        now: Callable[[], float],
+        note: Callable[[str, dict[str, Any]], object],
+        count: Callable[[str], None],
+        waiting: Callable[[], Mapping[str, int]] = lambda: NO_LINE,
+    ) -> None:
+        self.hands = hands
+        self.fleet, self.speeds, self.settings = hands.fleet, hands.speeds, hands.settings
+        self.rules = Diversion(self.settings.shard.models, self.settings.shard.min_gpu_share)
+        self.pins = {Pin(pin.model, pin.node): Past() for pin in self.settings.pin}
+        self.state = State()
+        self._now, self._note, self._count, self._waiting = now, note, count, waiting
+        self._said: dict[Pin, str] = {}  #: what is wrong with a pin, as it was logged
+        self._service_s: dict[str, float] = {}  #: by model, of the requests that ended well
+        self._acting: dict[tuple[str, str], Action] = {}  #: (model, node) → what is under way
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loaded_s: dict[str, float] = {}  #: node → when our last load there ended
+        self._timer: asyncio.TimerHandle | None = None
+        self._looked_s = -math.inf
+        self._running = False
+
+    def start(self) -> None:
+        """Begin, if there is anything to do at all: every node was looked at once."""
+        if self.pins or self.settings.replicas == "auto":
+            self._running = True
+            self.fleet.on_news.append(lambda _: self.stir())
+            self.fleet.on_lost.append(lambda *_: self.stir())
+            self.stir()
+
+    async def stop(self) -> None:
+        """Act no more; a load under way is given up. Safe to call twice."""
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        acting = list(self._tasks)
+        for task in acting:
+            task.cancel()
+        await asyncio.gather(*acting, return_exceptions=True)
+
+    def stir(self) -> None:
+        """Something has changed that may matter: look soon. Cheap, may be called for every request."""
+        if self._running:
+            self._look_at(self._now())
+
+    def observe(self, record: Record) -> None:
+        """Learn from a request that has ended how long it kept a slot."""
+        if not self._running or record.outcome != "ok" or record.ask is None or not record.decisions:
+            return
+        stats, key = record.stats, record.ask.key
+        measured_s = (stats.prefill_s or 0.0) + (stats.decode_s or 0.0) if stats else 0.0
+        service_s = measured_s or record.decisions[-1].service_s
+        if service_s > 0:
+            before_s = self._service_s.get(key, service_s)
+            self._service_s[key] = before_s + SERVICE_GAIN * (service_s - before_s)
+        self.stir()
+
+    # when to look
+
+    def _look_at(self, moment_s: float) -> None:
+        """Look at ``moment_s`` or, if a look is due before, then."""
+        moment_s = max(moment_s, self._looked_s + LOOK_EVERY_S)
+        if self._timer is not None:
+            if self._timer.when() <= moment_s:
+                return
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(moment_s, self._look)
+
+    def _look(self) -> None:
+        now_s = self._looked_s = self._now()
+        self._timer = None
+        next_s = self._hold_pins(now_s)
+        if self.settings.replicas == "auto":
+            next_s = min(next_s, self._spread(now_s))
+        if next_s < math.inf:
+            self._look_at(next_s)
+
+    # what to do
+
+    def _hold_pins(self, now_s: float) -> float:
+        """Do what the pins need; when to look again."""
+        next_s, pinned, rows = math.inf, {name: set[str]() for name in self.fleet.nodes}, []
+        for pin, past in self.pins.items():
+            found = snapshot.stand(pin, past, self.fleet, self.speeds, self.rules, self._acting, now_s)
+            held = hold(pin, found, past, now_s)
+            home = found.node or pin.node
+            if home in pinned:
+                pinned[home].add(pin.model)
+                self.fleet.nodes[home].pinned |= {pin.model}  # for the pins that come after this one
+            self._say(pin, held.trouble, home)
+            rows.append(_row(pin, home, found.stays_s is not None, found.loading, held.trouble))
+            if isinstance(held.action, Load) and self._changing(held.action.node):
+                next_s = min(next_s, now_s + PAUSE_S)  # what is free there will be known then
+                continue
+            self.pins[pin] = held.past
+            next_s = min(next_s, held.next_s)
+            if held.action is not None:
+                self._begin(held.action, pin)
+        for name, models in pinned.items():
+            self.fleet.nodes[name].pinned = frozenset(models)
+        self.fleet.pins = rows
+        return next_s
+
+    def _spread(self, now_s: float) -> float:
+        """Load and give up replicas; when to look again."""
+        limits = self.settings.replication
+        models = snapshot.wanted(
+            self.fleet,
+            self.speeds,
+            self.rules,
+            self._service_s,
+            self._waiting(),
+            limits.pressure_s,
+            now_s,
+            {name for name in self.fleet.nodes if self._changing(name)},
+        )
+        pinned = {node.name: node.pinned for node in self.fleet}
+        made = plan(models, pinned, self.state, limits, now_s)
+        self.state = made.state
+        for action in made.actions:
+            self._begin(action)
+        self.fleet.replicas = [{"model": names.display(m), "node": n} for m, n in sorted(self.state.used_s)]
+        return made.next_s
+
+    def _changing(self, name: str) -> bool:
+        """Whether we are loading something on the node ``name``, or its report is of before we had."""
+        if any(node == name and not isinstance(act, Keep) for (_, node), act in self._acting.items()):
+            return True
+        node = self.fleet.nodes[name]
+        return node.report is not None and (node.report_s or 0.0) < self._loaded_s.get(name, -math.inf)
+
+    def _say(self, pin: Pin, trouble: str, home: str | None) -> None:
+        """Log once what is wrong with a pin, whatever figures change in it, and that it no longer is."""
+        said, now = self._said.get(pin, ""), re.sub(r"[\d.]+", "", trouble)
+        if now and now != said:
+            log.warning("%s.", trouble)
+        elif said and not now:
+            log.info("%s is kept in the memory of %s now.", names.display(pin.model), home)
+        self._said[pin] = now
+
+    # doing it
+
+    def _begin(self, action: Action, pin: Pin | None = None) -> None:
+        where = (action.model, action.node)
+        if where not in self._acting:
+            self._acting[where] = action
+            task = asyncio.create_task(self._act(action, pin), name=f"{action.name} {action.model}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _act(self, action: Action, pin: Pin | None) -> None:
+        """Do it, and write down what became of it."""
+        begun_s, outcome = self._now(), "cut short"
+        try:
+            answer = await self.hands.do(action)
+            outcome = "ok" if answer.ok else f"failed: {answer.error}"
+            if pin is not None:
+                self.pins[pin] = replace(self.pins[pin], error="" if answer.ok else answer.error)
+        finally:
+            model, ended_s = names.display(action.model), self._now()
+            if isinstance(action, Load):
+                self._loaded_s[action.node] = ended_s
+            del self._acting[action.model, action.node]
+            self._count(action.name)
+            log.info("%s %s on %s: %s; %s.", action.name, model, action.node, action.reason, outcome)
+            made = {"action": action.name, "model": model, "node": action.node, "reason": action.reason}
+            self._note(KIND, made | {"outcome": outcome, "duration_s": round(ended_s - begun_s, 3)})
+            self.stir()
+
+
+def _row(pin: Pin, home: str | None, resident: bool, loading: bool, why: str) -> dict[str, Any]:
+    """How a pin stands, for the status."""
+    state = "kept" if resident else "loading" if loading else "missing"
+    return {"model": names.display(pin.model), "node": home, "state": state, "why": why}
