@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tests.sim.blind import LeastConnections, RoundRobin
+from tests.sim.oracle import Oracle
 from tests.sim.ours import Ours
 from tests.sim.traces import TRACES
 from tests.sim.world import Balancer, Result, play
 
 BALANCERS: dict[str, Callable[[], Balancer]] = {
+    "oracle": Oracle,
+    "oracle_own": lambda: Oracle("own"),
     "least_conn": LeastConnections,
     "round_robin": RoundRobin,
     "finish_time": Ours,
