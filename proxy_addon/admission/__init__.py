@@ -1,0 +1,1 @@
+"""Who waits: the line of requests before the fleet, priorities, limits."""
