@@ -41,6 +41,8 @@ from proxy_addon.one_server.addon import OneServer
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.plans import Plans
 from proxy_addon.protect import protect
+from proxy_addon.replicas.hands import Hands
+from proxy_addon.replicas.keeper import Keeper
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
 from proxy_addon.settings import Address, Settings
@@ -99,6 +101,18 @@ class Sollol:
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
         self.discovery = Discovery(self.fleet, settings)
         self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp)
+        hands = Hands(
+            self.fleet,
+            self.speeds,
+            settings,
+            self.session,
+            _now,
+            guard.stamp,
+            self.watch.refresh_resident,
+        )
+        self.keeper = Keeper(
+            hands, self.dispatch.rules, _now, self.journal.note, self.telemetry.replica_acted
+        )
         budget = Budget(
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )
@@ -124,7 +138,11 @@ class Sollol:
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
             timeouts,
             Answer(_now, settings.routing_metadata == "body"),
-            Epilogue(self.dispatch, self.watch.suspect, (self.journal.add, self.telemetry.observe)),
+            Epilogue(
+                self.dispatch,
+                self.watch.suspect,
+                (self.journal.add, self.telemetry.observe, self.keeper.observe),
+            ),
         )
         self.addons = [protect(addon, self.telemetry.hook_failed) for addon in chain]
 
@@ -154,6 +172,7 @@ class Sollol:
         await self.watch.looked()
         now_s = _now()
         self.ready.set()
+        self.keeper.start()
         up, all_nodes = self.fleet.up(now_s), list(self.fleet)
         models = {key for node in up for key in node.models}
         log.info(
@@ -187,6 +206,7 @@ class Sollol:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.keeper.stop()
         await self.discovery.stop()
         await self.watch.stop()
         await self.journal.close()

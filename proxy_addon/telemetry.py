@@ -112,6 +112,12 @@ class Telemetry:
         self._plans = Counter(
             "sollol_shard_plans", "Plans of sharded models, replans included.", ("host",), registry=registry
         )
+        self._replica_actions = Counter(
+            "sollol_replica_actions",
+            "Models loaded, given up or kept in memory by the proxy itself.",
+            ("action",),
+            registry=registry,
+        )
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
         registry.register(_FleetCollector(fleet, self.tallies, now))
@@ -144,6 +150,10 @@ class Telemetry:
     def planned(self, coordinator: str, plan: ShardPlan) -> None:
         """Count a plan of a sharded model."""
         self._plans.labels(coordinator).inc()
+
+    def replica_acted(self, action: str) -> None:
+        """Count a load, unload or keep of the proxy's own."""
+        self._replica_actions.labels(action).inc()
 
     def hook_failed(self, hook: str) -> None:
         """Count an exception in ``hook``."""

@@ -61,6 +61,8 @@ def status(fleet: Fleet, telemetry: Telemetry, policy: str, now_s: float) -> dic
         "requests": telemetry.finished,
         "in_flight": sum(len(node.flights) for node in fleet),
         "queue_depth": load.waiting(fleet).total(),
+        "pins": fleet.pins,
+        "replicas": fleet.replicas,
         "nodes": rows,
     }
 

@@ -88,7 +88,8 @@ def render(answer: dict[str, Any]) -> RenderableType:
     for row in nodes:
         table.add_row(*_cells(row))
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
-    return Group(head, table, *reasons, *load_lines(nodes))
+    pins = [Text(f"{row['why']}.", "yellow") for row in answer["pins"] if row["why"]]
+    return Group(head, table, *reasons, *pins, *load_lines(nodes))
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:

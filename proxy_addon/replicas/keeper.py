@@ -42,14 +42,14 @@ class Keeper:
     def __init__(
         self,
         hands: Hands,
+        rules: Diversion,
         now: Callable[[], float],
         note: Callable[[str, dict[str, Any]], object],
         count: Callable[[str], None],
         waiting: Callable[[], Mapping[str, int]] = lambda: NO_LINE,
     ) -> None:
-        self.hands = hands
+        self.hands, self.rules = hands, rules
         self.fleet, self.speeds, self.settings = hands.fleet, hands.speeds, hands.settings
-        self.rules = Diversion(self.settings.shard.models, self.settings.shard.min_gpu_share)
         self.pins = {Pin(pin.model, pin.node): Past() for pin in self.settings.pin}
         self.state = State()
         self._now, self._note, self._count, self._waiting = now, note, count, waiting

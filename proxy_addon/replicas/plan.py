@@ -179,13 +179,23 @@ class _Planner:
     def _useful(self, key: str, place: Place) -> bool:
         """Whether a runner at ``place`` helps, takes nothing from who needs it more, and is not rash."""
         wanted = self.models[key]
-        share = wanted.rate_per_s / (len(wanted.runners) + 1)
+        own_share = wanted.rate_per_s / (len(wanted.runners) + 1)
         return (
             self._settled(key, place.node)
             and place.service_s < wanted.service_s + self.pressure[key]
             and not any(name in self.pinned.get(place.node, ()) for name in place.evicts)
-            and all(self._share(name) < share for name in place.evicts)
+            and all(self._may_go(name, own_share) for name in place.evicts)
         )
+
+    def _may_go(self, key: str, for_share: float) -> bool:
+        """Whether a runner of ``key`` may make room for one that is wanted ``for_share`` times a second.
+
+        The last one of a model that would be back within ``cooldown_s`` stays, or they would take turns.
+        """
+        wanted = self.models.get(key)
+        last = wanted is not None and len(wanted.runners) <= 1
+        back_soon = wanted is not None and wanted.rate_per_s * self.rules.cooldown_s >= 1
+        return self._share(key) < for_share and not (last and back_soon)
 
     def _share(self, key: str) -> float:
         """Requests a second that each runner of ``key`` serves: what one of them is wanted."""
