@@ -47,7 +47,7 @@ def explain(
     if kind is not None and entry_id is not None:
         fail("explain", "an ID says what is meant: leave out --kind", 2)
     try:
-        made = _notes(url, kind) if kind is not None else _get(url, entry_id)
+        made: Any = _notes(url, kind) if kind is not None else _get(url, entry_id)
         if as_json:
             print_json(made)
         elif kind is not None:
