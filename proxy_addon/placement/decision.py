@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy_addon.placement.features import AskFeatures, Features
+
+if TYPE_CHECKING:
+    from proxy_addon.placement.scene import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,22 +23,98 @@ class Candidate:
     notes: tuple[str, ...] = ()  #: "resident", "reload: num_ctx 4096 → 8192", "CPU offload 40 %", …
 
 
-@dataclass(frozen=True, slots=True)
 class Decision:
-    """Where one attempt of a request goes and why. ``node`` is None where nobody may serve it."""
+    """Where one attempt of a request goes and why. ``node`` is None where nobody may serve it.
 
-    policy: str
-    node: str | None
-    candidates: tuple[Candidate, ...]
-    reason: str
-    awaits: tuple[str, ...] = ()  #: coordinators that could serve it, but not now; nobody else can
-    ask: AskFeatures | None = None  #: what the policy read of the request
-    rows: tuple[Features, ...] = ()  #: and of each candidate that has a cost
+    Candidates and reason are worked out when they are read: most of it is for people, who come later.
+    """
+
+    __slots__ = (
+        "_candidates",
+        "_chosen",
+        "_how",
+        "_out",
+        "_reason",
+        "ask",
+        "awaits",
+        "node",
+        "policy",
+        "rows",
+    )
+
+    def __init__(
+        self,
+        policy: str,
+        node: str | None,
+        candidates: Sequence[Candidate] = (),
+        reason: str = "",
+        awaits: tuple[str, ...] = (),
+        ask: AskFeatures | None = None,
+        rows: Sequence[Features] = (),
+    ) -> None:
+        self.policy = policy
+        self.node = node
+        self.awaits = awaits  #: coordinators that could serve it, but not now; nobody else can
+        self.ask = ask  #: what the policy read of the request
+        self.rows = rows  #: and of each candidate that has a cost
+        self._how: Policy | None = None
+        self._out: Sequence[tuple[str, str]] = ()
+        self._candidates: tuple[Candidate, ...] | None = tuple(candidates)
+        self._chosen = next((c for c in candidates if c.node == node), None)
+        self._reason = reason
+
+    @classmethod
+    def by(
+        cls,
+        policy: str,
+        how: Policy,
+        ask: AskFeatures,
+        rows: Sequence[Features],
+        chosen: int | None,
+        out: Sequence[tuple[str, str]] = (),
+        remark: str = "",
+        awaits: tuple[str, ...] = (),
+    ) -> Decision:
+        """``how``'s choice among ``rows``, that at ``chosen``; ``out`` are the others, each with the reason.
+
+        ``remark`` is added to the reason; it is all of it where nobody is chosen.
+        """
+        made = cls(policy, None if chosen is None else rows[chosen].node, (), remark, awaits, ask, rows)
+        made._how, made._out, made._candidates = how, out, None
+        return made
+
+    @property
+    def row(self) -> Features | None:
+        """What was known of the chosen node."""
+        return next((row for row in self.rows if row.node == self.node), None)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every node that was looked at."""
+        if self._candidates is None:
+            out = [Candidate(node, excluded=why) for node, why in self._out]
+            self._candidates = (*out, *(self._candidate(row) for row in self.rows))
+        return self._candidates
 
     @property
     def chosen(self) -> Candidate | None:
         """The winning candidate."""
-        return next((c for c in self.candidates if c.node == self.node), None)
+        if self._chosen is None and (row := self.row) is not None:
+            self._chosen = self._candidate(row)
+        return self._chosen
+
+    @property
+    def reason(self) -> str:
+        """Why the node was chosen, or why none was."""
+        if self._how is None or self.ask is None or (row := self.row) is None:
+            return self._reason
+        return f"{row.node} {self._how.explain(self.ask, row)}{self._reason}"
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the chosen node has a slot free, or can begin to load the model."""
+        row = self.row
+        return row.wait_s if row is not None else self._sum("wait_s")
 
     @property
     def expected_s(self) -> float:
@@ -49,6 +129,11 @@ class Decision:
     def _sum(self, *names: str) -> float:
         terms = self.chosen.terms if self.chosen else {}
         return sum(terms.get(name, 0.0) for name in names)
+
+    def _candidate(self, row: Features) -> Candidate:
+        assert self._how is not None and self.ask is not None
+        terms = self._how.terms(self.ask, row)
+        return Candidate(row.node, None, self._how.cost(self.ask, row), terms, row.notes)
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""

@@ -7,28 +7,21 @@ model does not. Without an agent a node is taken to hold what it has, as everywh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
-from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.memory import ModelShape
+from proxy_addon.placement.rules import Rules
 from proxy_addon.placement.runner import slots_of, start
 from proxy_addon.placement.scene import Place
-from proxy_addon.placement.view import View, out, unable
+from proxy_addon.placement.view import Able, unable
 
 NO_NODE_HOLDS_IT = "no other node holds the model"
 SET_SO = "the model is set to be sharded"
-
-
-@dataclass(frozen=True, slots=True)
-class Diversion:
-    """What configuration says (settings ``shard``)."""
-
-    models: frozenset[str] = frozenset()  #: canonical names of those that are always a coordinator's
-    min_gpu_share: float = 0.0  #: with less of the model on its GPUs a node does not hold it
+Diversion = Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +29,7 @@ class Contenders:
     """Who competes for a request."""
 
     places: list[Place]
-    out: list[Candidate]  #: who does not, and why
+    out: Sequence[tuple[str, str]] = ()  #: who does not, and why
     awaited: tuple[str, ...] = ()  #: coordinators that could serve it, but not now
     why: str = ""  #: why it is diverted; empty where it is not
 
@@ -51,13 +44,13 @@ class Wanted:
 
 
 def contenders(
-    view: View,
+    able: Able,
     wanted: Wanted,
     fleet: Fleet,
     speeds: Speeds,
     now_s: float,
     excluded: Mapping[str, str],
-    rules: Diversion,
+    rules: Rules,
 ) -> Contenders:
     """Ordinary nodes where one of them holds the model, else coordinators.
 
@@ -73,20 +66,20 @@ def contenders(
         lacks = SET_SO if set_so else _lacks(name, node, wanted, speeds, now_s, excluded, rules)
         if lacks is None:
             taken = f"takes only what no other node holds; {name} does"
-            return Contenders(view.places, [out(place.name, taken) for place in view.coordinators])
+            return Contenders(able.places, [(place.name, taken) for place in able.coordinators])
         lacking[name] = lacks
     too_thin = any(lacks.startswith(_THIN) for lacks in lacking.values())
-    if too_thin and not any(_able(place, wanted, now_s, excluded) for place in view.coordinators):
-        return Contenders([*view.places, *view.coordinators], [])
+    if too_thin and not any(_able(place, wanted, now_s, excluded) for place in able.coordinators):
+        return Contenders([*able.places, *able.coordinators])
     awaited = [
         place.name
-        for place in view.coordinators
+        for place in able.coordinators
         if place.name in excluded or unable(place.node, key, now_s) is not None
     ]
     return Contenders(
-        view.coordinators,
-        [out(place.name, lacking.get(place.name, "left the fleet")) for place in view.places],
-        (*view.awaited, *awaited),
+        able.coordinators,
+        [(place.name, lacking.get(place.name, "left the fleet")) for place in able.places],
+        (*able.awaited, *awaited),
         SET_SO if set_so else NO_NODE_HOLDS_IT,
     )
 
@@ -101,7 +94,7 @@ def _lacks(
     speeds: Speeds,
     now_s: float,
     excluded: Mapping[str, str],
-    rules: Diversion,
+    rules: Rules,
 ) -> str | None:
     """Why ``node``, which has the model on disk, does not hold it; None if it does."""
     key = wanted.ask.key

@@ -30,7 +30,7 @@ class _Row:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`as_row`; what ``row`` lacks has its default, what is not known is passed over.
+        """The inverse of :meth:`as_row`; what is missing has its default, what is unknown is passed over.
 
         Raises TypeError if what has no default is missing.
         """
@@ -71,7 +71,8 @@ class Features(_Row):
     gpu_share: float = 1.0  #: of the model on accelerators; 1 on a machine that has none
     beside: int = 0  #: other sequences that the node decodes meanwhile
     slowdown: float = 1.0  #: how many times longer an output token takes because of them
-    neighbours_s: float = 0.0  #: how much longer all of them together take because of ours
+    added_slowdown: float = 0.0  #: by what share each of their tokens takes longer because of ours
+    work_s: float = 0.0  #: what the requests in flight there were expected to be worked on, all together
     cached_tokens: float = 0.0  #: of the prompt, expected in the node's prefix cache
     evict_s: float = 0.0  #: loading again what must go, times the probability that it is wanted soon
     success_rate: float = 1.0

@@ -1,90 +1,83 @@
 """The policy ``finish_time``: the node that is expected to finish the request first, in seconds.
 
 ``finish = queue wait + load + prefill + decode``, from measured speeds (learning.py), plus what the choice is
-expected to cost beyond the request itself: the reload of evicted models, and failed attempts.
+expected to cost beyond the request itself:
+
+* evict_s: loading again what must go, be it another model or this one under other options (survey.py);
+* failure_s: failed attempts, each of which costs time of its own and half of the work;
+* neighbours_s: who decodes there already takes longer because of us, and their seconds count like ours;
+* risk_s: an answer may be much longer than the mean, which costs most where a token takes longest, and it is
+  the longest requests that users remember. So each second that a slow node could lose counts a little;
+* outside_s: nodes that are set to do this kind of task may take longer than others.
+
+Prefill is of those tokens only that are not expected in the node's prefix cache.
 """
 
 from __future__ import annotations
 
-from proxy_addon.fleet import hardware
-from proxy_addon.fleet.learning import Estimate, slowdown
-from proxy_addon.placement.decision import Candidate
-from proxy_addon.placement.runner import Start, load_left_s, loading, queue
-from proxy_addon.placement.scene import Place, Scene
+from collections.abc import Sequence
 
-EVICTED_IS_WANTED = 0.5  #: probability that an evicted model is asked for again and must be loaded
+from proxy_addon.placement.features import AskFeatures, Features
+from proxy_addon.placement.scene import Place, Scene
+from proxy_addon.placement.survey import cached_tokens
+
 WORK_LOST = 0.5  #: share of the work that is done when an attempt fails
+NEIGHBOURS = 1.0  #: what a second of others counts
+RISK = 0.1  #: what a second counts that an answer of unlikely length (``output_tokens_high``) would cost
+
+TERMS = (
+    *("wait_s", "load_s", "prefill_s", "decode_s", "evict_s", "failure_s"),
+    *("neighbours_s", "risk_s", "outside_s"),
+)
 
 
 class FinishTime:
     """Minimises the expected seconds until the last byte."""
 
-    def bounds(self, scene: Scene) -> list[float]:
+    def cost(self, ask: AskFeatures, row: Features) -> float:
+        """The sum of the terms."""
+        return sum(_parts(ask, row))
+
+    def terms(self, ask: AskFeatures, row: Features) -> dict[str, float]:
+        """Each part of it; see :data:`TERMS`."""
+        return dict(zip(TERMS, _parts(ask, row), strict=True))
+
+    def explain(self, ask: AskFeatures, row: Features) -> str:
+        """The seconds and what they are made of."""
+        found = self.terms(ask, row)
+        parts = ", ".join(f"{name[:-2]} {value:.2f}" for name, value in found.items() if value >= 0.005)
+        return f"expected to finish first, in {sum(found.values()):.2f} s ({parts or 'nothing to do'})"
+
+    def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
         """Load and work at the best conceivable speed, without any wait."""
-        key, prompt, output = scene.ask.key, scene.prompt_tokens, scene.output_tokens
+        key, prefix = scene.ask.key, scene.ask.prefix
+        prompt, output = scene.features.prompt_tokens, scene.features.output_tokens
         return [
-            prompt * place.s_per_prompt_token
+            (prompt if not prefix else max(prompt - cached_tokens(scene.ask, place), 0.0))
+            * place.s_per_prompt_token
             + output * place.s_per_output_token
-            + (0.0 if place.node.in_use.get(key) else place.absent_load_s)
-            for place in scene.places
+            + (0.0 if key in place.node.in_use else place.absent_load_s)
+            for place in places
         ]
 
-    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
-        """The sum of wait_s, load_s, prefill_s, decode_s, evict_s and failure_s."""
-        node, key, now_s, estimate = place.node, scene.ask.key, scene.now_s, place.estimate
-        free_s = queue(node.flights, key, place.slots, now_s) if node.flights else [0.0]
-        wait_s, load_s = min(free_s), 0.0
-        if start.loading is not None:
-            load_s = load_left_s(start.loading, now_s)
-        elif start.loads:
-            load_s = estimate.load_s
-            if node.flights:
-                wait_s = max(_load_wait_s(place, start, now_s), max(free_s))
-        beside = _beside(place, key) if node.flights else 0
-        offload = 1.0
-        if start.gpu_share < 1:
-            offload = hardware.offload_slowdown(start.gpu_share, estimate.hardware.cpu_slowdown)
-        prefill_s = scene.prompt_tokens * place.s_per_prompt_token * offload
-        decode_s = scene.output_tokens * place.s_per_output_token * offload * slowdown(beside)
-        evict_s = _evict_s(place, start, estimate) if start.evicts else 0.0
-        odds = scene.speeds.failure_odds(place.name, now_s)
-        lost_s = scene.speeds.lost_s(place.name) + WORK_LOST * (load_s + prefill_s + decode_s)
-        failure_s = odds * lost_s
-        total_s = wait_s + load_s + prefill_s + decode_s + evict_s + failure_s
-        terms = {
-            "wait_s": wait_s,
-            "load_s": load_s,
-            "prefill_s": prefill_s,
-            "decode_s": decode_s,
-            "evict_s": evict_s,
-            "failure_s": failure_s,
-        }
-        return Candidate(place.name, None, total_s, terms, start.notes)
 
-    def explain(self, chosen: Candidate) -> str:
-        """The seconds and what they are made of."""
-        parts = ", ".join(
-            f"{name[:-2]} {value:.2f}" for name, value in chosen.terms.items() if value >= 0.005
+def _parts(ask: AskFeatures, row: Features) -> tuple[float, ...]:
+    """The values of :data:`TERMS`."""
+    wait_s, load_s, evict_s = row.wait_s, row.load_s, row.evict_s
+    token_s = row.s_per_output_token * row.offload * row.slowdown
+    prompt = ask.prompt_tokens - row.cached_tokens
+    prefill_s = prompt * row.s_per_prompt_token * row.offload if prompt > 0 else 0.0
+    decode_s = ask.output_tokens * token_s
+    failures = 1 / row.success_rate - 1  # to expect before one attempt succeeds
+    failure_s = failures * (row.lost_s + WORK_LOST * (load_s + prefill_s + decode_s))
+    neighbours_s = risk_s = outside_s = 0.0
+    if row.added_slowdown > 0:
+        neighbours_s = NEIGHBOURS * row.added_slowdown * min(row.work_s, row.beside * decode_s)
+    slower_s = token_s - ask.best_s_per_output_token
+    if slower_s > 0:
+        risk_s = RISK * (ask.output_tokens_high - ask.output_tokens) * slower_s
+    if row.outside:
+        outside_s = (ask.specialise_factor - 1) * (
+            wait_s + load_s + prefill_s + decode_s + evict_s + failure_s + neighbours_s + risk_s
         )
-        return f"expected to finish first, in {chosen.cost:.2f} s ({parts or 'nothing to do'})"
-
-
-def _load_wait_s(place: Place, start: Start, now_s: float) -> float:
-    """Loads before ours, and the requests of those models that must make room; both at the same time."""
-    node = place.node
-    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)]
-    for model in start.drains:
-        waits.append(max(queue(node.flights, model, max(node.parallel, 1), now_s)))
-    return max(waits, default=0.0)
-
-
-def _beside(place: Place, key: str) -> int:
-    """How many other sequences the node will be decoding while it works on ours."""
-    node = place.node
-    ours = min(node.in_use[key], place.slots - 1)
-    return ours + sum(min(count, node.parallel) for model, count in node.in_use.items() if model != key)
-
-
-def _evict_s(place: Place, start: Start, estimate: Estimate) -> float:
-    evicted = sum(place.node.resident[name].size for name in start.evicts)
-    return EVICTED_IS_WANTED * evicted / estimate.load_bytes_s
+    return wait_s, load_s, prefill_s, decode_s, evict_s, failure_s, neighbours_s, risk_s, outside_s

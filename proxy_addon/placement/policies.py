@@ -2,28 +2,29 @@
 
 Candidates are worked out best bound first (branch and bound): a policy gives a quick value that no cost is
 below, and once the best cost found is below the next bound nobody after it can win. Fleets of up to ``WHOLE``
-nodes are worked out in full all the same, so that a decision can be explained in full. In larger ones, who
-may be considered (view.py) is remembered for ``VIEW_S``; whoever is then worked out is judged as he is now.
+nodes are worked out in full all the same, so that a decision can be explained in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop
 from types import MappingProxyType
 
 from proxy_addon.ask import Ask
+from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
-from proxy_addon.placement.decision import Candidate, Decision
-from proxy_addon.placement.diversion import Diversion, Wanted, contenders
+from proxy_addon.placement.decision import Decision
+from proxy_addon.placement.diversion import Wanted, contenders
+from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.finish_time import FinishTime
-from proxy_addon.placement.memory import shape_of
-from proxy_addon.placement.runner import start
-from proxy_addon.placement.scene import Policy, Scene
+from proxy_addon.placement.rules import NO_RULES, Rules
+from proxy_addon.placement.scene import Place, Policy, Scene
 from proxy_addon.placement.seed_score import SeedScore
 from proxy_addon.placement.simple import LeastLoaded, RoundRobin
-from proxy_addon.placement.view import View, look, out, unable
+from proxy_addon.placement.survey import features
+from proxy_addon.placement.view import WHOLE, View, look, placed, stands, unable
 
 POLICIES: dict[str, Policy] = {
     "finish_time": FinishTime(),
@@ -31,10 +32,22 @@ POLICIES: dict[str, Policy] = {
     "least_loaded": LeastLoaded(),
     "round_robin": RoundRobin(),
 }
-WHOLE = 32
-VIEW_S = 1.0  #: about the interval of the polls that bring what a view is made of
+HIGH = 0.9  #: the share of answers that are not longer than ``AskFeatures.output_tokens_high``
 NO_EXCLUSIONS: Mapping[str, str] = MappingProxyType({})
-NO_RULES = Diversion()
+TOO_GOOD = "has more GPU memory than embeddings are given while another node can serve them"
+
+
+def choose(policy: str, ask: AskFeatures, rows: Sequence[Features]) -> int | None:
+    """The index of the row that wins; None without any. Equally good nodes take turns.
+
+    Raises KeyError for an unknown policy.
+    """
+    cost, best, chosen = POLICIES[policy].cost, (float("inf"), 0), None
+    for index, row in enumerate(rows):
+        rank = cost(ask, row), row.turn
+        if chosen is None or rank < best:
+            best, chosen = rank, index
+    return chosen
 
 
 def decide(
@@ -44,26 +57,91 @@ def decide(
     now_s: float,
     policy: str = "finish_time",
     excluded: Mapping[str, str] = NO_EXCLUSIONS,
-    rules: Diversion = NO_RULES,
+    rules: Rules = NO_RULES,
 ) -> Decision:
     """Where ``ask`` goes.
 
     ``excluded`` has the nodes that were tried already, by name, and why they are out; ``rules`` says what is
-    a coordinator's besides what no other node holds. The decision's ``node`` is None where nobody may serve
-    the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
+    a coordinator's besides what no other node holds, and who should do what. The decision's ``node`` is None
+    where nobody may serve the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
     Equally good nodes take turns. Raises KeyError for an unknown policy.
     """
     how = POLICIES[policy]
-    if len(fleet.nodes) > WHOLE:
-        view = fleet.views.get(ask.key)
-        if view is not None and 0 <= now_s - view.at_s < VIEW_S and view.nodes == len(fleet.nodes):
-            decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
-            if decision.node is not None:
-                return decision
-        view = fleet.views[ask.key] = look(ask, fleet, speeds, now_s)
-    else:
-        view = look(ask, fleet, speeds, now_s)
-    return _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
+    view = look(ask.key, fleet, speeds, now_s)
+    decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
+    if decision.node is None and len(fleet.nodes) > WHOLE:
+        view.second_s = -1.0  # before giving up, everybody is looked at again
+        view = look(ask.key, fleet, speeds, now_s)
+        decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
+    return decision
+
+
+class _Search:
+    """Works out the features of places, as far as they may win."""
+
+    def __init__(
+        self, scene: Scene, view: View, fleet: Fleet, how: Policy, excluded: Mapping[str, str]
+    ) -> None:
+        self.scene = scene
+        self.view = view
+        self.fleet = fleet
+        self.how = how
+        self.excluded = excluded
+        self.rows: list[Features] = []
+        self.out = list(view.able.out)
+        self.left = 0  #: places that cannot win and were not worked out
+
+    def all_of(self, places: Sequence[Place]) -> None:
+        """Work out every one of ``places``."""
+        scene, rows, out, excluded = self.scene, self.rows, self.out, self.excluded
+        for place in places:
+            row = excluded.get(place.name) if excluded else None
+            if row is None:
+                found = features(scene, place)
+                if not isinstance(found, str):
+                    rows.append(found)
+                    continue
+                row = found
+            out.append((place.name, row))
+
+    def best_of(self, places: list[Place]) -> None:
+        """Work out those of ``places`` that may win, the most promising first."""
+        scene, how = self.scene, self.how
+        queue = [
+            (bound, place.node.turn, index)
+            for index, (bound, place) in enumerate(zip(how.bounds(scene, places), places, strict=True))
+        ]
+        heapify(queue)
+        best = min(
+            ((how.cost(scene.features, row), row.turn, -1) for row in self.rows),
+            default=(float("inf"), 0, 0),
+        )
+        found: list[tuple[int, Features]] = []
+        while queue and queue[0] < best:
+            _, turn, index = heappop(queue)
+            row = self._as_it_is(places, index)
+            if row is not None:
+                found.append((index, row))
+                best = min(best, (how.cost(scene.features, row), turn, index))
+        self.rows += [row for _, row in sorted(found, key=lambda each: each[0])]
+        self.left += len(queue)
+
+    def _as_it_is(self, places: list[Place], index: int) -> Features | None:
+        """The features of one of ``places``, of which a while ago all was well."""
+        place = places[index]
+        name, node, key = place.name, place.node, self.view.key
+        why: Features | str | None = self.excluded.get(name)
+        if why is None:
+            here = self.fleet.nodes.get(name) is node
+            why = unable(node, key, self.scene.now_s) if here else "left the fleet"
+        if why is None:
+            if node.models[key] is not place.row or not stands(place, key, self.scene.speeds):
+                place = self.view.holders[name] = places[index] = placed(name, node, key, self.scene.speeds)
+            why = features(self.scene, place)
+        if isinstance(why, str):
+            self.out.append((name, why))
+            return None
+        return why
 
 
 def _among(
@@ -75,65 +153,68 @@ def _among(
     policy: str,
     how: Policy,
     excluded: Mapping[str, str],
-    rules: Diversion,
+    rules: Rules,
 ) -> Decision:
     """The best of ``view``."""
-    candidates = list(view.out)
-    places, awaits, diverted = view.places, tuple(view.awaited), ""
-    if not places and not view.coordinators:
-        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates), awaits)
-    row = (places or view.coordinators)[0].row
-    info = fleet.shapes.get(row.digest)
-    shape = shape_of(info, row.size) if info else None
-    seen = speeds.sizes(ask.key)
-    if view.coordinators or awaits or ask.key in rules.models:
-        found = contenders(view, Wanted(ask, shape, seen), fleet, speeds, now_s, excluded, rules)
+    able, shape, seen = view.able, view.shape(fleet), view.sizes(speeds)
+    embeds = ask.task is Task.EMBED
+    lengths = speeds.output(ask)
+    asked = AskFeatures(
+        0.0 if ask.load_only else speeds.prompt_tokens(ask),
+        lengths.mean,
+        lengths.quantile(HIGH),
+        ask.priority,
+        "embedding" if embeds else ask.kind,
+        ask.complexity,
+        ask.requires_gpu,
+        view.best_s_per_output_token,
+        rules.specialise_factor,
+    )
+    scene = Scene(ask, asked, speeds, now_s, view.second_s, 1 if embeds else None, shape, seen)
+    search = _Search(scene, view, fleet, how, excluded)
+    places = able.places
+    awaits, diverted = tuple(able.awaited), ""
+    if able.coordinators or awaits or ask.key in rules.models:
+        found = contenders(able, Wanted(ask, shape, seen), fleet, speeds, now_s, excluded, rules)
         places, awaits, diverted = found.places, found.awaited, found.why
-        candidates += found.out
-    prompt_tokens = 0.0 if ask.load_only else speeds.prompt_tokens(ask)
-    scene = Scene(ask, speeds, now_s, places, prompt_tokens, speeds.output_tokens(ask))
-    queue = [
-        (bound, place.node.turn, index)
-        for index, (bound, place) in enumerate(zip(how.bounds(scene), places, strict=True))
-    ]
-    heapify(queue)
-    whole = len(places) <= WHOLE
-    best: tuple[float, int, int] | None = None
-    chosen: Candidate | None = None
-    while queue and (whole or best is None or queue[0] < best):
-        _, turn, index = heappop(queue)
-        place = places[index]
-        name, node = place.name, place.node
-        why = excluded.get(name)
-        if why is None and view.at_s != now_s:
-            why = unable(node, ask.key, now_s) if fleet.nodes.get(name) is node else "left the fleet"
-        if why is not None:
-            candidates.append(out(name, why))
-            continue
-        begin = start(node, ask, place.row, place.room, place.slots, shape, seen, place.sharded)
-        if isinstance(begin, str):
-            candidates.append(Candidate(name, excluded=begin))
-            continue
-        candidate = how.judge(scene, place, begin)
-        candidates.append(candidate)
-        rank = (candidate.cost, turn, index)
-        if best is None or rank < best:
-            best, chosen = rank, candidate
+        search.out += found.out
+    _search(search, places, rules, rules.embeddings_max_vram_bytes)
+    chosen = choose(policy, asked, search.rows)
     if chosen is None:
-        return Decision(policy, None, tuple(candidates), _nobody(ask, fleet, candidates), awaits)
-    reason = f"{chosen.node} {how.explain(chosen)}"
-    if diverted:
-        reason += f"; {diverted}"
-    if queue:
-        reason += f"; {len(queue)} more nodes cannot be better"
-    return Decision(policy, chosen.node, tuple(candidates), reason)
+        why = _nobody(ask, fleet, search.out)
+        return Decision.by(policy, how, asked, (), None, search.out, why, awaits)
+    remark = f"; {diverted}" if diverted else ""
+    if search.left:
+        remark += f"; {search.left} more nodes cannot be better"
+    return Decision.by(policy, how, asked, search.rows, chosen, search.out, remark)
 
 
-def _nobody(ask: Ask, fleet: Fleet, candidates: list[Candidate]) -> str:
+def _search(search: _Search, places: list[Place], rules: Rules, limit_bytes: int | None) -> None:
+    """Work out ``places``, those first whom others should leave the work to."""
+    scene = search.scene
+    work_out = search.all_of if len(search.fleet.nodes) <= WHOLE else search.best_of
+    if limit_bytes is not None and scene.features.kind == "embedding":
+        small = [place for place in places if place.gpu_total_bytes <= limit_bytes]
+        large = [place for place in places if place.gpu_total_bytes > limit_bytes]
+        _search(search, small, rules, None)
+        if search.rows:
+            search.out += [(place.name, TOO_GOOD) for place in large]
+            return
+        places = large
+    if meant := rules.specialise.get(scene.features.kind):
+        search.all_of([place for place in places if place.name in meant])
+        scene.outside = bool(search.rows)
+        places = [place for place in places if place.name not in meant]
+    work_out(places)
+
+
+def _nobody(ask: Ask, fleet: Fleet, out: Sequence[tuple[str, str]]) -> str:
     """Why nobody may serve ``ask``, in a sentence."""
     if not fleet.nodes:
         return "the fleet has no nodes"
-    holders = [c for c in candidates if c.node in fleet.nodes and ask.key in fleet.nodes[c.node].models]
+    holders = [
+        (name, why) for name, why in out if name in fleet.nodes and ask.key in fleet.nodes[name].models
+    ]
     if not holders:
         return f"no node has the model {ask.model!r}"
-    return "no node may serve it: " + "; ".join(f"{c.node} {c.excluded}" for c in holders[:8])
+    return "no node may serve it: " + "; ".join(f"{name} {why}" for name, why in holders[:8])

@@ -6,7 +6,7 @@ options that shaped it are the same; loads are serial; a reload or eviction wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agent.report import Model, Resident, ShardModel
@@ -16,7 +16,6 @@ from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement import memory
 from proxy_addon.placement.memory import Fit, ModelShape, Room
 
-OVERRUN = 0.25  #: what has taken longer than expected takes this share of its age longer still
 #: Families whose runners have one slot whatever OLLAMA_NUM_PARALLEL says (``server/sched.go``).
 ONE_SLOT = ("mllama", "qwen3vl", "qwen35", "qwen3next", "lfm2", "nemotron_h")
 DEFAULTS = frozenset(ctx for _, ctx in memory.DEFAULT_NUM_CTX)
@@ -28,6 +27,7 @@ class Start:
 
     loads: bool = False
     loading: Flight | None = None  #: the load under way that this request would share
+    replaces: bool = False  #: a runner of the same model under other options
     drains: tuple[str, ...] = ()  #: models whose requests must end before the load can begin
     evicts: tuple[str, ...] = ()
     gpu_share: float = 1.0
@@ -60,7 +60,7 @@ def start(
             share = 1.0  # a machine without accelerators is measured as it is, a plan over several as a whole
         offload = (f"CPU offload {1 - share:.0%}",) if share < 1 else ()
         return Start(gpu_share=share, notes=("resident", *offload))
-    if resident is None and any(f.ask.key == ask.key for f in node.flights):
+    if resident is None and ask.key in node.in_use:
         return Start(notes=("in use there",))  # loaded since the last poll
     found = _fit(node, ask, row, room, slots, shape, seen, sharded)
     if not found.fits:
@@ -71,15 +71,17 @@ def start(
     if found.note:
         notes += (found.note,)
     drains = (ask.key, *found.evicts) if change else found.evicts
-    return Start(True, None, drains, found.evicts, found.gpu_share, notes)
+    return Start(True, None, change is not None, drains, found.evicts, found.gpu_share, notes)
 
 
 def slots_of(node: Node, ask: Ask, row: Model) -> int:
     """How many requests a runner of the model serves at a time."""
-    if node.parallel == 1 or ask.task is Task.EMBED:
-        return 1
-    family = str(row.details.get("family", ""))
-    return 1 if family.startswith(ONE_SLOT) else node.parallel
+    return 1 if ask.task is Task.EMBED else slots_for(node.parallel, row)
+
+
+def slots_for(parallel: int, row: Model) -> int:
+    """How many requests a runner of the model ``row`` generates at a time, of ``parallel`` at most."""
+    return 1 if str(row.details.get("family", "")).startswith(ONE_SLOT) else parallel
 
 
 def reload_reason(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resident) -> str | None:
@@ -104,34 +106,6 @@ def reload_reason(node: Node, ask: Ask, row: Model, room: Room | None, resident:
         return None if alike else f"num_ctx {running} → default"
     wanted = _clamp(wanted, trained)
     return None if running == wanted else f"num_ctx {running} → {wanted}"
-
-
-def queue(flights: Iterable[Flight], key: str, slots: int, now_s: float) -> list[float]:
-    """When each slot of the runner of ``key`` is free, seconds from now, after all requests before us."""
-    ahead = [flight for flight in flights if flight.ask.key == key]
-    free_s = [0.0] * slots
-    if len(ahead) > 1 and slots > 1:
-        ahead.sort(key=lambda flight: flight.started_s)
-    for flight in ahead:
-        first = free_s.index(min(free_s)) if slots > 1 else 0
-        free_s[first] += remaining_s(flight, now_s)
-    return free_s
-
-
-def remaining_s(flight: Flight, now_s: float) -> float:
-    """How long ``flight`` will still occupy a slot."""
-    service_s = flight.service_s if flight.service_s is not None else flight.expected_s
-    age_s = now_s - flight.started_s
-    left_s = flight.expected_s - age_s
-    worked_s = age_s - (flight.expected_s - service_s)
-    return min(max(left_s, OVERRUN * worked_s), max(service_s, OVERRUN * worked_s))
-
-
-def load_left_s(flight: Flight, now_s: float) -> float:
-    """How long the load that ``flight`` waits for will still take."""
-    service_s = flight.service_s if flight.service_s is not None else 0.0
-    age_s = now_s - flight.started_s
-    return max(flight.expected_s - service_s - age_s, OVERRUN * age_s)
 
 
 def loading(node: Node, room: Room | None) -> list[Flight]:
@@ -185,9 +159,7 @@ def _fit(
     num_ctx = ask.num_ctx if ask.num_ctx is not None else room.default_num_ctx
     num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
     need = memory.expected_bytes(shape, row.size, num_ctx, slots, seen)
-    return memory.fit(
-        need, room, node.resident, ask.key, {f.ask.key for f in node.flights} if node.flights else ()
-    )
+    return memory.fit(need, room, node.resident, ask.key, node.in_use)
 
 
 def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:

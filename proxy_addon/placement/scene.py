@@ -1,33 +1,68 @@
-"""Everything a policy may look at for one decision, and the shape that all policies have."""
+"""Everything that features are made from for one decision, and the shape that all policies have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.report import Model, ShardModel
+from agent.report import Model, Report, Resident, ShardModel
 from proxy_addon.ask import Ask
-from proxy_addon.fleet.learning import Estimate, Speeds
+from proxy_addon.fleet.learning import Estimate, Machine, Speeds
 from proxy_addon.fleet.node import Node
-from proxy_addon.placement.decision import Candidate
-from proxy_addon.placement.memory import Room
+from proxy_addon.placement.features import AskFeatures, Features
+from proxy_addon.placement.memory import ModelShape, Room
 from proxy_addon.placement.runner import Start
 
 
 @dataclass(slots=True)
 class Place:
-    """A node that may be considered, its row of the asked model, and how fast it is with that."""
+    """A node that has the asked model, and what of it stays the same from one request to the next.
+
+    It is kept (view.py) as long as the objects that it was made from are still the node's.
+    """
 
     name: str
     node: Node
     row: Model
-    slots: int  #: requests that a runner of the model serves at a time
-    room: Room | None  #: its memory; None without an agent
+    resident: Resident | None
+    report: Report | None
+    parallel: int
+    answers: bool  #: its polls
+    coordinator: bool
+    slots: int  #: requests that a runner of the model generates at a time
+    machine: Machine
     estimate: Estimate
     s_per_prompt_token: float
     s_per_output_token: float
     absent_load_s: float  #: 0 where the model is resident, under whatever options
-    sharded: ShardModel | None = None  #: what the node expects of the model, where it is a coordinator
+    gpu_free_bytes: int
+    gpu_total_bytes: int
+    cpu_utilisation: float | None
+    other_version: bool = False  #: than the one that the fleet serves
+    starts: Starts | None = None
+    success_rate: float = 1.0  #: as of the last second
+
+    @property
+    def room(self) -> Room | None:
+        """Its memory; None without an agent."""
+        return self.machine.room
+
+    @property
+    def sharded(self) -> ShardModel | None:
+        """What the node expects of the model, where it is a coordinator."""
+        return self.estimate.prior
+
+
+@dataclass(slots=True)
+class Starts:
+    """How a place would get to serve a request: what that was worked out from, and what it costs others."""
+
+    wanted: tuple[object, ...]  #: of the request: what a runner is loaded for
+    start: Start | str
+    room: tuple[object, ...] | None = None  #: what else decides; None where a runner need not be loaded
+    priced_s: float | None = None  #: the second in which ``evict_s`` was worked out
+    evict_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -35,21 +70,27 @@ class Scene:
     """One decision's view of the world."""
 
     ask: Ask
+    features: AskFeatures
     speeds: Speeds
     now_s: float
-    places: list[Place]
-    prompt_tokens: float = 0.0  #: expected
-    output_tokens: float = 0.0
+    second_s: float  #: the whole second: what fades over minutes is read once in it
+    slots: int | None  #: that every runner has for such a request; None: as many as it has
+    shape: ModelShape | None
+    seen: Mapping[int, float]
+    outside: bool = False  #: the places looked at are not those that are set to do this kind
 
 
 class Policy(Protocol):
-    """How nodes are compared."""
+    """How nodes are compared: pure functions of what is known of the request and of a node."""
 
-    def bounds(self, scene: Scene) -> list[float]:
-        """For each place of ``scene`` a value that its cost is never below, quickly."""
+    def cost(self, ask: AskFeatures, row: Features) -> float:
+        """What is minimised: seconds, or minus the score, …"""
 
-    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
-        """``place``, which would serve the request as ``start`` says, with its cost."""
+    def terms(self, ask: AskFeatures, row: Features) -> dict[str, float]:
+        """What the cost is made of."""
 
-    def explain(self, chosen: Candidate) -> str:
-        """Why ``chosen`` was, in a few words."""
+    def explain(self, ask: AskFeatures, row: Features) -> str:
+        """Why the node was chosen, in a few words."""
+
+    def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
+        """For each of ``places`` a value that its cost is never below, quickly."""

@@ -3,19 +3,19 @@
 100 × success rate ÷ (1 + latency in s) × 1.5 with a GPU that is wanted ÷ (1 + load) ÷ (1 + |priorities| ÷ 10)
 × 1.2 on a node that specialises in the task. The document's worked example prints 109.3 and 83.5 for factors
 whose products are 109.4 and 83.3; the formula is what counts here, and the winner is the same.
+
+The document's ``cpu_load`` becomes the busier of CPU and slots: an LLM node's CPU idles while its GPU works.
+A GPU is wanted where the analysis of the request says so, and for generation unless the prompt is "simple".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxy_addon.ask import Ask
-from proxy_addon.endpoints import Task
-from proxy_addon.fleet.learning import Speeds
-from proxy_addon.fleet.node import Node
-from proxy_addon.placement.decision import Candidate
-from proxy_addon.placement.runner import Start
+from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.scene import Place, Scene
+from proxy_addon.placement.survey import prefers
 
 UNKNOWN_LATENCY_S = 0.1  #: the document's default
 GPU_TOKENS = 100  #: a prompt below it is "simple" in the document's estimate of complexity
@@ -36,45 +36,67 @@ class Factors:
 
     def score(self) -> float:
         """The score, higher is better."""
-        score = 100.0 * self.success_rate / (1 + self.latency_s)
-        if self.gpu_wanted and self.gpu_free:
-            score *= 1.5
-        score /= 1 + self.load
-        score /= 1 + abs(self.priority - self.task_priority) / 10
-        return score * 1.2 if self.specialised else score
+        return score(
+            self.success_rate,
+            self.latency_s,
+            self.load,
+            abs(self.priority - self.task_priority),
+            self.gpu_wanted and self.gpu_free,
+            self.specialised,
+        )
 
 
-def factors(name: str, node: Node, ask: Ask, speeds: Speeds, now_s: float) -> Factors:
-    """What the document calls host metadata and context, from what is known of ``node`` and ``ask``.
+def score(
+    success_rate: float, latency_s: float | None, load: float, distance: int, gpu: bool, specialised: bool
+) -> float:
+    """The document's formula."""
+    found = 100.0 * success_rate / (1 + (UNKNOWN_LATENCY_S if latency_s is None else latency_s))
+    if gpu:
+        found *= 1.5
+    found /= 1 + load
+    if distance:
+        found /= 1 + distance / 10
+    return found * 1.2 if specialised else found
 
-    The document's ``cpu_load`` becomes the busier of CPU and slots: an LLM node's CPU idles while its GPU
-    works. Generation wants a GPU unless the prompt is "simple"; embeddings do not.
-    """
-    report = node.report
-    cpu = (report.host.cpu_utilisation if report else None) or 0.0
+
+def gpu_wanted(ask: AskFeatures) -> bool:
+    """Whether the document would give the request a node with a GPU for preference."""
+    return ask.requires_gpu or (ask.kind != "embedding" and ask.prompt_tokens >= GPU_TOKENS)
+
+
+def factors(ask: AskFeatures, row: Features) -> Factors:
+    """What the document calls host metadata and context."""
     return Factors(
-        success_rate=speeds.success_rate(name, now_s),
-        latency_s=UNKNOWN_LATENCY_S if node.poll_latency_s is None else node.poll_latency_s,
-        load=max(cpu, len(node.flights) / node.parallel),
-        priority=node.priority,
+        success_rate=row.success_rate,
+        latency_s=UNKNOWN_LATENCY_S if row.poll_latency_s is None else row.poll_latency_s,
+        load=max(row.cpu_utilisation or 0.0, row.in_flight / row.parallel),
+        priority=row.priority,
         task_priority=ask.priority,
-        gpu_wanted=ask.task is Task.GENERATE and ask.prompt_tokens >= GPU_TOKENS,
-        gpu_free=report is not None and any(gpu.memory_free_bytes > 0 for gpu in report.gpus),
-        specialised=str(ask.task) in node.preferred_tasks,
+        gpu_wanted=gpu_wanted(ask),
+        gpu_free=row.gpu_free_bytes > 0,
+        specialised=row.preferred,
     )
 
 
 class SeedScore:
     """Maximises the founding document's score."""
 
-    def bounds(self, scene: Scene) -> list[float]:
-        """The negative scores themselves."""
-        return [-self._factors(scene, place).score() for place in scene.places]
+    def cost(self, ask: AskFeatures, row: Features) -> float:
+        """The negative score; that of a node that others are set to relieve, as many times smaller."""
+        found = score(
+            row.success_rate,
+            row.poll_latency_s,
+            max(row.cpu_utilisation or 0.0, row.in_flight / row.parallel),
+            abs(row.priority - ask.priority),
+            row.gpu_free_bytes > 0 and gpu_wanted(ask),
+            row.preferred,
+        )
+        return -found / ask.specialise_factor if row.outside else -found
 
-    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
-        """The negative score, with the inputs as terms."""
-        found = self._factors(scene, place)
-        terms = {
+    def terms(self, ask: AskFeatures, row: Features) -> dict[str, float]:
+        """The inputs of the score."""
+        found = factors(ask, row)
+        return {
             "success_rate": found.success_rate,
             "latency": found.latency_s,
             "load": found.load,
@@ -82,11 +104,28 @@ class SeedScore:
             "gpu": float(found.gpu_wanted and found.gpu_free),
             "specialised": float(found.specialised),
         }
-        return Candidate(place.name, None, -found.score(), terms, start.notes)
 
-    def explain(self, chosen: Candidate) -> str:
+    def explain(self, ask: AskFeatures, row: Features) -> str:
         """The score."""
-        return f"has the highest score, {-chosen.cost:.1f}"
+        return f"has the highest score, {-self.cost(ask, row):.1f}"
 
-    def _factors(self, scene: Scene, place: Place) -> Factors:
-        return factors(place.name, place.node, scene.ask, scene.speeds, scene.now_s)
+    def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
+        """The negative scores themselves, but for what others relieve a node of."""
+        wanted, priority = gpu_wanted(scene.features), scene.features.priority
+        found = []
+        for place in places:
+            node = place.node
+            load = len(node.flights) / node.parallel
+            if place.cpu_utilisation is not None and place.cpu_utilisation > load:
+                load = place.cpu_utilisation
+            found.append(
+                -score(
+                    place.success_rate,
+                    node.poll_latency_s,
+                    load,
+                    abs(node.priority - priority),
+                    wanted and place.gpu_free_bytes > 0,
+                    prefers(node, scene.ask),
+                )
+            )
+        return found

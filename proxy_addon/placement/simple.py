@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from proxy_addon.placement.decision import Candidate
-from proxy_addon.placement.runner import Start
+from collections.abc import Sequence
+
+from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.scene import Place, Scene
 
 
 class LeastLoaded:
     """Minimises the requests in flight per slot."""
 
-    def bounds(self, scene: Scene) -> list[float]:
-        """The costs themselves."""
-        return [len(place.node.flights) / place.node.parallel for place in scene.places]
-
-    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
+    def cost(self, ask: AskFeatures, row: Features) -> float:
         """Requests in flight per slot."""
-        count = len(place.node.flights)
-        return Candidate(
-            place.name, None, count / place.node.parallel, {"in_flight": float(count)}, start.notes
-        )
+        return row.in_flight / row.parallel
 
-    def explain(self, chosen: Candidate) -> str:
+    def terms(self, ask: AskFeatures, row: Features) -> dict[str, float]:
+        """Requests in flight."""
+        return {"in_flight": float(row.in_flight)}
+
+    def explain(self, ask: AskFeatures, row: Features) -> str:
         """The load."""
-        return f"has the least load, {chosen.terms['in_flight']:.0f} in flight"
+        return f"has the least load, {row.in_flight} in flight"
+
+    def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
+        """The costs themselves."""
+        return [len(place.node.flights) / place.node.parallel for place in places]
 
 
 class RoundRobin:
     """Takes the node whose last request was placed longest ago."""
 
-    def bounds(self, scene: Scene) -> list[float]:
-        """The costs themselves."""
-        return [float(place.node.turn) for place in scene.places]
-
-    def judge(self, scene: Scene, place: Place, start: Start) -> Candidate:
+    def cost(self, ask: AskFeatures, row: Features) -> float:
         """The number of its last turn; turns are counted over all nodes."""
-        return Candidate(
-            place.name, None, float(place.node.turn), {"last_turn": float(place.node.turn)}, start.notes
-        )
+        return float(row.turn)
 
-    def explain(self, chosen: Candidate) -> str:
+    def terms(self, ask: AskFeatures, row: Features) -> dict[str, float]:
+        """The number of its last turn."""
+        return {"last_turn": float(row.turn)}
+
+    def explain(self, ask: AskFeatures, row: Features) -> str:
         """Whose turn it is."""
         return "waited longest for its turn"
+
+    def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
+        """The costs themselves."""
+        return [float(place.node.turn) for place in places]

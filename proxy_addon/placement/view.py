@@ -1,65 +1,103 @@
-"""Who may be considered for a model, whatever the policy: up, healthy, holding the right digest."""
+"""Who may be considered for a model, whatever the policy: up, healthy, holding the right digest.
+
+What is worked out of a node for a model is kept between decisions, and with it every object that it was made
+from (:class:`Place`): a place holds as long as these are still the node's own, which is quickly seen. Nothing
+needs to be told of a change, and nothing waits for one. Only in large fleets, of which even a glance at each
+node takes too long, who is considered is found out once a second; whoever is then worked out is looked at.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
-from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
-from proxy_addon.placement.decision import Candidate
-from proxy_addon.placement.runner import slots_of
+from proxy_addon.placement.memory import NOTHING_SEEN, ModelShape, shape_of
+from proxy_addon.placement.runner import slots_for
 from proxy_addon.placement.scene import Place
+
+WHOLE = 32  #: a fleet of up to so many nodes is looked at in full for every decision
+OTHER_VERSION = "has another version of the model"
+MISSING = "does not have the model"
+
+
+@dataclass(slots=True)
+class Able:
+    """Of those who have a model, who could be sent a request for it now, and why the others could not."""
+
+    places: list[Place] = field(default_factory=list)
+    coordinators: list[Place] = field(default_factory=list)  #: apart: see diversion.py
+    awaited: list[str] = field(default_factory=list)  #: coordinators that could serve it, but not now
+    out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class View:
-    """The fleet as seen from one model at ``at_s``."""
+    """The fleet as seen from one model."""
 
-    at_s: float
-    nodes: int  #: how many nodes the fleet had
-    places: list[Place]
-    out: list[Candidate]  #: the others, each with the reason
-    coordinators: list[Place] = field(default_factory=list)  #: apart from ``places``: see diversion.py
-    awaited: list[str] = field(default_factory=list)  #: coordinators that have it, but are ``out`` for now
+    key: str
+    holders: dict[str, Place]  #: who has it, in whichever version
+    others: dict[str, Node]
+    missing: list[tuple[str, str]]  #: the others' names, each with the reason
+    best_s_per_output_token: float = 0.0
+    second_s: float = -1.0  #: when all were looked at last
+    able: Able = field(default_factory=Able)
+    seen: Mapping[int, float] = NOTHING_SEEN
+    _shape: tuple[dict[str, Any], int, ModelShape | None] | None = None
+
+    def shape(self, fleet: Fleet) -> ModelShape | None:
+        """The model's, where ``/api/show`` has told it."""
+        place = next((place for place in self.holders.values() if not place.other_version), None)
+        info = fleet.shapes.get(place.row.digest) if place is not None else None
+        if place is None or not info:
+            return None
+        known = self._shape
+        if known is None or known[0] is not info or known[1] != place.row.size:
+            known = self._shape = info, place.row.size, shape_of(info, place.row.size)
+        return known[2]
+
+    def sizes(self, speeds: Speeds) -> Mapping[int, float]:
+        """What the model was seen to take: the same object as long as it says the same."""
+        seen = speeds.sizes(self.key)
+        if seen != self.seen:
+            self.seen = seen
+        return self.seen
 
 
-def look(ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
-    """Who may be considered for the model of ``ask`` now."""
-    key, digest = ask.key, fleet.digest(ask.key)
-    view = View(now_s, len(fleet.nodes), [], [])
-    for name, node in fleet.nodes.items():
-        row = node.models.get(key)
-        if row is None:
-            view.out.append(out(name, "does not have the model"))
-            continue
-        # Where nobody answers the fleet serves no version, and that nobody answers is what matters.
-        why = "has another version of the model" if digest not in (None, row.digest) else None
-        if why is None and (why := unable(node, key, now_s)) is not None and node.coordinator:
-            view.awaited.append(name)
-        if why is not None:
-            view.out.append(out(name, why))
-            continue
-        machine = speeds.machine(name, node.report)
-        estimate = speeds.estimate(name, machine, key, row.size)
-        load_s = 0.0 if key in node.resident else estimate.load_s
-        slots = slots_of(node, ask, row)
-        (view.coordinators if node.coordinator else view.places).append(
-            Place(
-                name,
-                node,
-                row,
-                slots,
-                machine.room,
-                estimate,
-                1 / estimate.prefill_tok_s,
-                1 / estimate.decode_tok_s,
-                load_s,
-                estimate.prior,
-            )
-        )
+def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
+    """The fleet as seen from the model ``key``, brought up to date."""
+    view, second_s = fleet.views.get(key), float(now_s // 1)
+    large = len(fleet.nodes) > WHOLE
+    if view is None or len(fleet.nodes) != len(view.holders) + len(view.others):
+        view = fleet.views[key] = _made(key, fleet, speeds)
+    elif not large or view.second_s != second_s:
+        if not _renewed(view, fleet, speeds):
+            view = fleet.views[key] = _made(key, fleet, speeds)
+    else:
+        return view
+    view.second_s = second_s
+    view.able = who(view, now_s)
+    if large:
+        for name, place in view.holders.items():
+            place.success_rate = speeds.success_rate(name, second_s)
     return view
+
+
+def who(view: View, now_s: float) -> Able:
+    """Those of ``view`` who could be sent a request."""
+    able, key = Able(out=view.missing.copy()), view.key
+    for name, place in view.holders.items():
+        # Where nobody answers the fleet serves no version, and that nobody answers is what matters.
+        why = OTHER_VERSION if place.other_version else unable(place.node, key, now_s)
+        if why is None:
+            (able.coordinators if place.coordinator else able.places).append(place)
+            continue
+        able.out.append((name, why))
+        if place.coordinator and not place.other_version:
+            able.awaited.append(name)
+    return able
 
 
 def unable(node: Node, key: str, now_s: float) -> str | None:
@@ -81,11 +119,86 @@ def unable(node: Node, key: str, now_s: float) -> str | None:
     if node.unfit_until_s and now_s < node.unfit_until_s.get(key, 0.0):
         return "was out of memory with this model"
     if key not in node.models:
-        return "does not have the model"
+        return MISSING
     return None
 
 
-@lru_cache(maxsize=8192)
-def out(name: str, why: str) -> Candidate:
-    """The candidate ``name`` that may not serve."""
-    return Candidate(name, excluded=why)
+def stands(place: Place, key: str, speeds: Speeds) -> bool:
+    """Whether ``place`` is still what its node says and what was learned of it."""
+    node = place.node
+    return (
+        node.report is place.report
+        and node.resident.get(key) is place.resident
+        and node.parallel == place.parallel
+        and speeds.estimate(place.name, place.machine, key, place.row.size) is place.estimate
+    )
+
+
+def placed(name: str, node: Node, key: str, speeds: Speeds, other_version: bool = False) -> Place:
+    """What of ``node``, which has the model ``key``, does not change from one request to the next."""
+    row, report, resident = node.models[key], node.report, node.resident.get(key)
+    machine = speeds.machine(name, report)
+    estimate = speeds.estimate(name, machine, key, row.size)
+    gpus = report.gpus if report is not None else []
+    return Place(
+        name,
+        node,
+        row,
+        resident,
+        report,
+        node.parallel,
+        node.poll_error is None,
+        node.coordinator,
+        slots_for(node.parallel, row),
+        machine,
+        estimate,
+        1 / estimate.prefill_tok_s,
+        1 / estimate.decode_tok_s,
+        0.0 if resident is not None else estimate.load_s,
+        sum(gpu.memory_free_bytes for gpu in gpus),
+        sum(gpu.memory_total_bytes for gpu in gpus),
+        report.host.cpu_utilisation if report is not None else None,
+        other_version,
+    )
+
+
+def _made(key: str, fleet: Fleet, speeds: Speeds) -> View:
+    digest = fleet.digest(key)
+    view = View(key, {}, {}, [])
+    for name, node in fleet.nodes.items():
+        row = node.models.get(key)
+        if row is None:
+            view.others[name] = node
+            view.missing.append((name, MISSING))
+        else:
+            view.holders[name] = placed(name, node, key, speeds, digest not in (None, row.digest))
+    _compare(view)
+    return view
+
+
+def _renewed(view: View, fleet: Fleet, speeds: Speeds) -> bool:
+    """Bring ``view`` up to date; False where other nodes have the model now, or in another version."""
+    key, nodes, changed = view.key, fleet.nodes, False
+    for name, node in view.others.items():
+        if nodes.get(name) is not node or key in node.models:
+            return False
+    for name, place in view.holders.items():
+        node = place.node
+        if (
+            nodes.get(name) is not node
+            or node.models.get(key) is not place.row
+            or (node.poll_error is None) is not place.answers
+        ):
+            return False
+        if not stands(place, key, speeds):
+            view.holders[name] = placed(name, node, key, speeds, place.other_version)
+            changed = True
+    if changed:
+        _compare(view)
+    return True
+
+
+def _compare(view: View) -> None:
+    view.best_s_per_output_token = min(
+        (place.s_per_output_token for place in view.holders.values()), default=0.0
+    )

@@ -10,8 +10,9 @@ from agent.report import Report
 from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
-from proxy_addon.placement import policies
+from proxy_addon.placement import policies, view
 from proxy_addon.placement.decision import Candidate
+from proxy_addon.placement.memory import NOTHING_SEEN
 from proxy_addon.placement.policies import decide
 from proxy_addon.placement.scene import Scene
 from proxy_addon.placement.view import look
@@ -283,10 +284,12 @@ def test_leaving_out_who_cannot_win_never_changes_the_choice(
             n.take(ask(), NOW_S - age_s, expected_s, service_s=expected_s * share)
     whole = decide(ask(), fleet, speeds, NOW_S, policy)
     costs = {c.node: c.cost for c in whole.candidates}
-    view = look(ask(), fleet, speeds, NOW_S)
-    tokens = speeds.prompt_tokens(ask()), speeds.output_tokens(ask())
-    bounds = policies.POLICIES[policy].bounds(Scene(ask(), speeds, NOW_S, view.places, *tokens))
-    assert all(b <= costs[p.name] + 1e-9 for b, p in zip(bounds, view.places, strict=True))
+    places = look("m", fleet, speeds, NOW_S).able.places
+    assert whole.ask is not None
+    scene = Scene(ask(), whole.ask, speeds, NOW_S, NOW_S, None, None, NOTHING_SEEN)
+    bounds = policies.POLICIES[policy].bounds(scene, places)
+    assert all(b <= costs[p.name] + 1e-9 for b, p in zip(bounds, places, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policies, "WHOLE", 0)
+        for module in (policies, view):
+            patch.setattr(module, "WHOLE", 0)
         assert decide(ask(), fleet, speeds, NOW_S, policy).node == whole.node

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from proxy_addon.fleet.learning import Speeds
@@ -41,10 +43,18 @@ def test_factors_come_from_what_is_known_of_node_and_ask() -> None:
     fleet, speeds = Fleet(), Speeds()
     n = node(fleet, 1, poll_latency_s=0.12, parallel=2, priority=8, preferred_tasks=frozenset({"generation"}))
     n.take(ask(), NOW_S, 1.0)
-    found = factors(n.name, n, ask(prompt_tokens=100, priority=7), speeds, NOW_S)
-    assert found == Factors(0.99, 0.12, 0.5, 8, 7, gpu_wanted=True, gpu_free=True, specialised=True)
-    assert not factors(n.name, n, ask(prompt_tokens=99), speeds, NOW_S).gpu_wanted
-    assert not factors(n.name, n, ask(path="/api/embed", prompt_tokens=999), speeds, NOW_S).gpu_wanted
+
+    def found(**more: Any) -> Factors:
+        decision = decide(ask(**more), fleet, speeds, NOW_S, "score")
+        assert decision.ask is not None and decision.row is not None
+        return factors(decision.ask, decision.row)
+
+    assert found(prompt_tokens=100, priority=7) == Factors(
+        0.99, 0.12, 0.5, 8, 7, gpu_wanted=True, gpu_free=True, specialised=True
+    )
+    assert not found(prompt_tokens=99).gpu_wanted
+    assert found(prompt_tokens=99, requires_gpu=True).gpu_wanted
+    assert not found(path="/api/embed", prompt_tokens=999).gpu_wanted
 
 
 def test_score_chooses_the_highest_and_says_it() -> None:

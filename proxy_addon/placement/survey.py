@@ -1,0 +1,176 @@
+"""From a node to its features: what of it matters to one request, in numbers.
+
+What does not change from request to request is kept with the place (scene.py) beside all that it was worked
+out from, so that it holds exactly as long as that does.
+"""
+
+from __future__ import annotations
+
+from proxy_addon.ask import Ask
+from proxy_addon.fleet import hardware
+from proxy_addon.fleet.learning import slowdown
+from proxy_addon.fleet.node import Node
+from proxy_addon.placement.features import Features
+from proxy_addon.placement.runner import Start, loading, start
+from proxy_addon.placement.scene import Place, Scene, Starts
+from proxy_addon.placement.waits import free_s, left_s, load_left_s, remaining_s
+
+KEPT_S = 300.0  #: Ollama's default keep_alive: so long a model would stay if it were not evicted
+UNKNOWN_IS_WANTED = 0.5  #: probability that a model is wanted again that nobody has asked this proxy for
+
+
+def features(scene: Scene, place: Place) -> Features | str:
+    """What a policy reads of the node at ``place``, or the reason why it cannot serve the request."""
+    node, ask, name, estimate = place.node, scene.ask, place.name, place.estimate
+    starts = _starts(scene, place)
+    begin = starts.start
+    if isinstance(begin, str):
+        return begin
+    flights = node.flights
+    wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
+    beside, slow, added, work_s = 0, 1.0, 0.0, 0.0
+    offload = 1.0
+    if begin.gpu_share < 1:
+        offload = hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
+    if flights:
+        slots = scene.slots or place.slots
+        mine = node.in_use.get(ask.key, 0)
+        beside = mine if mine < slots else slots - 1
+        if mine < len(flights):
+            beside += _others(node, ask.key)
+        if beside:
+            slow = slowdown(beside)
+            added = slow / slowdown(beside - 1) - 1
+            work_s = node.work_s
+        if mine >= slots or (mine and begin.loads):
+            token_s = place.s_per_output_token * offload * slow
+            ends = free_s(flights, ask.key, slots, lambda flight: left_s(flight, scene, token_s))
+            wait_s = max(ends) if begin.loads and begin.loading is None else min(ends)
+        if begin.loading is not None:
+            load_s = load_left_s(begin.loading, scene.now_s)
+        elif begin.loads:
+            wait_s = max(wait_s, _load_wait_s(scene, place, begin))
+    evict_s = 0.0
+    if begin.evicts or begin.replaces:
+        if starts.priced_s != scene.second_s:
+            starts.priced_s, starts.evict_s = scene.second_s, _evict_s(scene, place, begin)
+        evict_s = starts.evict_s
+    speeds = scene.speeds
+    success_rate = place.success_rate = speeds.success_rate(name, scene.second_s)
+    return Features(
+        name,
+        wait_s,
+        load_s,
+        place.s_per_prompt_token,
+        place.s_per_output_token,
+        offload,
+        begin.gpu_share,
+        beside,
+        slow,
+        added,
+        work_s,
+        cached_tokens(ask, place) if ask.prefix else 0.0,
+        evict_s,
+        success_rate,
+        speeds.lost_s(name),
+        len(flights),
+        node.parallel,
+        node.turn,
+        node.poll_latency_s,
+        place.cpu_utilisation,
+        place.gpu_free_bytes,
+        node.priority,
+        bool(node.preferred_tasks) and prefers(node, ask),
+        scene.outside,
+        begin.notes,
+    )
+
+
+def prefers(node: Node, ask: Ask) -> bool:
+    """Whether the settings of ``node`` name the task of ``ask``."""
+    return ask.kind in node.preferred_tasks or str(ask.task) in node.preferred_tasks
+
+
+def cached_tokens(ask: Ask, place: Place) -> float:
+    """Tokens of the prompt that are expected in the node's prefix cache."""
+    return float(place.node.prefixes.cached_tokens(ask.key, ask.prefix))
+
+
+def _starts(scene: Scene, place: Place) -> Starts:
+    """How the node would get to serve the request, from memory where nothing that matters has changed."""
+    node, ask = place.node, scene.ask
+    key, flights = ask.key, node.flights
+    if flights:
+        for flight in flights:
+            if flight.load and flight.first_byte_s is None:  # a load under way changes all the time
+                return Starts((), _start(scene, place))
+        if place.resident is None and key in node.in_use:
+            return IN_USE
+    wanted = (ask.reload_key, ask.num_ctx, node.loaded_with.get(key), scene.slots)
+    known = place.starts
+    if known is not None and known.wanted == wanted:
+        room = known.room
+        if room is None or (
+            room[0] is scene.shape
+            and room[1] is scene.seen
+            and room[2] == node.resident
+            and room[3] == node.in_use.keys()
+        ):
+            return known
+    begin = _start(scene, place)
+    needs_room = isinstance(begin, str) or begin.loads
+    room = (scene.shape, scene.seen, dict(node.resident), set(node.in_use)) if needs_room else None
+    place.starts = Starts(wanted, begin, room)
+    return place.starts
+
+
+def _start(scene: Scene, place: Place) -> Start | str:
+    slots = scene.slots or place.slots
+    return start(place.node, scene.ask, place.row, place.room, slots, scene.shape, scene.seen, place.sharded)
+
+
+IN_USE = Starts((), Start(notes=("in use there",)))  #: it was loaded since the last poll
+
+
+def _others(node: Node, key: str) -> int:
+    """How many sequences the node decodes for other models than ``key``."""
+    parallel, found = node.parallel, 0
+    for model, count in node.in_use.items():
+        if model != key:
+            found += count if count < parallel else parallel
+    return found
+
+
+def _load_wait_s(scene: Scene, place: Place, begin: Start) -> float:
+    """Loads before ours, and the requests of those models that must make room; both at the same time."""
+    node, now_s = place.node, scene.now_s
+    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)]
+    for model in begin.drains:
+        if model in node.in_use:
+            slots = max(node.parallel, 1)
+            waits.append(max(free_s(node.flights, model, slots, lambda f: remaining_s(f, now_s))))
+    return max(waits, default=0.0)
+
+
+def _evict_s(scene: Scene, place: Place, begin: Start) -> float:
+    """What loading again costs, of all that must go, times the probability that it is wanted before long.
+
+    A runner that makes room for one of the same model with other options is priced like any: so each of two
+    contexts in demand finds a node of its own instead of taking turns on one.
+    """
+    node, load_bytes_s = place.node, place.estimate.load_bytes_s
+    again_s = {name: node.resident[name].size / load_bytes_s for name in begin.evicts}
+    if begin.replaces:
+        again_s[scene.ask.key] = place.estimate.load_s
+    return sum(seconds * _wanted_again(scene, node, name) for name, seconds in again_s.items())
+
+
+def _wanted_again(scene: Scene, node: Node, name: str) -> float:
+    """Probability that the model ``name`` would be used as it is loaded on ``node``, as long as it stays."""
+    if name in node.pinned:
+        return 1.0
+    demand, loaded_with = scene.speeds.demand, node.loaded_with.get(name)
+    unknown = loaded_with is None and name == scene.ask.key  # by whom, and for what, nobody knows
+    if unknown or not demand.rate_per_s(name, None, scene.now_s):
+        return UNKNOWN_IS_WANTED
+    return demand.again_within(name, loaded_with, KEPT_S, scene.now_s)
