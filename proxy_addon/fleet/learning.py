@@ -20,12 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.report import Report, ShardModel
-from proxy_addon.fleet import hardware
+from proxy_addon.fleet import evidence, hardware, lessons
 from proxy_addon.fleet.coordinators import priors
 from proxy_addon.fleet.demand import Demand
 from proxy_addon.fleet.hardware import Hardware
 from proxy_addon.fleet.lengths import Lengths, OutputLengths
-from proxy_addon.fleet.measured import PRIOR_FAILURE, ModelOnNode, OfModel, OfNode, Rate, State
+from proxy_addon.fleet.measured import (
+    NEIGHBOUR_SLOWDOWN,
+    PRIOR_FAILURE,
+    ModelOnNode,
+    OfModel,
+    OfNode,
+    Rate,
+    State,
+)
 from proxy_addon.placement.memory import NOTHING_SEEN, Room, room_of
 
 if TYPE_CHECKING:
@@ -34,13 +42,6 @@ if TYPE_CHECKING:
     from proxy_addon.record import FinalStats
 
 OPTIMISM = 1.5  #: enough to outweigh noise and a small difference in failures, too little to outweigh a load
-PREFILL_GAIN_UP = 0.05  #: see :meth:`Speeds._prefill`
-NEIGHBOUR_SLOWDOWN = 0.25  #: per sequence beside: decoding shares the reading of weights, not the arithmetic
-MIN_PREFILL_TOKENS = 32  #: shorter prompts measure the overhead of a batch
-MAX_PREFILL_PER_DECODE = 500.0  #: beyond it the prompt was in the prefix cache (an H100 has about 150)
-MIN_DECODE_TOKENS = 4
-MIN_LOAD_S = 0.1  #: a shorter "load" only looked up a loaded runner
-MAX_LOAD_BYTES_S = 64e9  #: PCIe 5.0 ×16; what is faster was no load
 MAX_SIZES = 16  #: contexts of which a model's size is kept: clients choose them
 LOST_S = 1.0  #: what a failed attempt costs at least: a retry of a limited budget, a cold prefix cache
 
@@ -66,6 +67,9 @@ class Machine:
     hardware: Hardware
     room: Room | None  #: None without a report
     sharded: dict[str, ShardModel]  #: what a coordinator expects of its models, by canonical name
+
+
+_UNMEASURED = OfNode()
 
 
 class Speeds:
@@ -151,6 +155,13 @@ class Speeds:
             return NOTHING_SEEN
         return {tokens: size.value for tokens, size in model.sizes.items()}
 
+    def slowdown(self, name: str, beside: float, runners: float = 0.0) -> float:
+        """How many times longer a token takes on the node ``name`` than alone.
+
+        That is with ``beside`` other sequences of the same model, and ``runners`` other models at work.
+        """
+        return lessons.slowdown(self.nodes.get(name) or _UNMEASURED, beside, runners)
+
     def failure_odds(self, name: str, now_s: float) -> float:
         """Failed attempts to expect on the node ``name`` before one succeeds."""
         node = self.nodes.get(name)
@@ -197,13 +208,21 @@ class Speeds:
         stats: FinalStats | None,
         first_byte_s: float,
         total_s: float,
-        concurrency: int,
+        concurrency: float,
         now_s: float,
+        *,
+        runners: float = 0.0,
+        cached_tokens: int | None = None,
+        lone: bool | None = None,
+        probe: bool = False,
     ) -> None:
         """Learn from an answer that ended well.
 
         ``first_byte_s`` and ``total_s`` count from the moment the request was sent to ``node``;
-        ``concurrency`` is the number of requests in flight there, this one included.
+        ``concurrency`` is how many requests for the model were in flight there, this one included, and
+        ``runners`` how many other models were at work, both on average. ``cached_tokens`` of the prompt were
+        expected in the prefix cache (None: not known). ``lone``: nobody else was there before the first
+        byte. A ``probe`` of the proxy's own says nothing of clients.
         """
         name = node.name
         learned = self.nodes.setdefault(name, OfNode())
@@ -215,21 +234,24 @@ class Speeds:
         if learned.known != machine.known:  # an agent came or went: the corrections relate to another promise
             learned.known, learned.prefill, learned.decode = machine.known, Rate(), Rate()
         here = learned.models.setdefault(ask.key, ModelOnNode())
-        self._of_model(ask, stats)
-        decode_tok_s = _decode_tok_s(ask, stats, first_byte_s, total_s)
-        promised_tok_s = None if node.coordinator else machine.prefill_tok_s(row.size)
-        self._prefill(learned, here, stats, decode_tok_s, promised_tok_s)
+        if not probe:
+            self._of_model(ask, stats)
+        decode_tok_s = evidence.decode_tok_s(ask, stats, first_byte_s, total_s)
+        slowed = evidence.offload(node, ask.key, machine)
+        prefill = evidence.prefill_tok_s(stats, cached_tokens or 0, decode_tok_s)
+        if prefill is not None:
+            promised = None if node.coordinator else machine.prefill_tok_s(row.size)
+            bounds = prefill[0] * slowed, prefill[1] * slowed
+            lessons.prefill(learned, here, bounds, cached_tokens is not None, promised)
         if decode_tok_s:
-            alone = decode_tok_s * _handicap(node, ask.key, concurrency, machine)
-            here.decode_tok_s.add(alone)
-            if not node.coordinator:  # its own hardware is a part of it only
-                learned.decode.add(alone / machine.decode_tok_s(row.size))
+            promised = None if node.coordinator else machine.decode_tok_s(row.size)
+            beside = max(min(concurrency, node.parallel) - 1, 0.0)
+            lessons.decode(learned, here, decode_tok_s * slowed, beside, runners, promised)
         # Ollama's load_duration includes waiting for other requests, so only a lone one tells of the load.
-        if stats.load_s and stats.load_s >= MIN_LOAD_S and concurrency <= 1:
-            load_bytes_s = row.size / stats.load_s
-            if load_bytes_s <= MAX_LOAD_BYTES_S:
-                here.load_s.add(stats.load_s)
-                learned.load_bytes_s.add(load_bytes_s)
+        load_bytes_s = evidence.load_bytes_s(stats, row.size)
+        if load_bytes_s and stats.load_s and (concurrency <= 1 if lone is None else lone):
+            here.load_s.add(stats.load_s)
+            learned.load_bytes_s.add(load_bytes_s)
         self._forget_estimates(name, machine.known)
 
     def observe_failure(self, name: str, lost_s: float, now_s: float) -> None:
@@ -253,30 +275,8 @@ class Speeds:
         model = self.models.setdefault(ask.key, OfModel())
         if stats.output_tokens is not None:
             self.lengths.observe(ask, stats.output_tokens)
-        if stats.prompt_tokens and ask.prompt_tokens >= MIN_PREFILL_TOKENS and not ask.images:
+        if stats.prompt_tokens and ask.prompt_tokens >= evidence.MIN_PREFILL_TOKENS and not ask.images:
             model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0))
-
-    def _prefill(
-        self,
-        learned: OfNode,
-        here: ModelOnNode,
-        stats: FinalStats,
-        decode_tok_s: float | None,
-        promised_tok_s: float | None,
-    ) -> None:
-        """Learn the prefill speed from below.
-
-        Ollama counts cached prompt tokens as evaluated but takes no time for them, so a measurement is either
-        true or too high: one above the estimate moves it little, and an impossible one not at all.
-        """
-        if not stats.prompt_tokens or not stats.prefill_s or stats.prompt_tokens < MIN_PREFILL_TOKENS:
-            return
-        measured_tok_s = stats.prompt_tokens / stats.prefill_s
-        if decode_tok_s and measured_tok_s > decode_tok_s * MAX_PREFILL_PER_DECODE:
-            return
-        here.prefill_tok_s.add_bounded(measured_tok_s, PREFILL_GAIN_UP)
-        if promised_tok_s is not None:
-            learned.prefill.add_bounded(measured_tok_s / promised_tok_s, PREFILL_GAIN_UP)
 
     def _forget_estimates(self, name: str, known: bool) -> None:
         if self._compare(known):
@@ -308,24 +308,3 @@ def _best(nodes: Iterable[OfNode]) -> tuple[float, float]:
         if node.decode.n:
             decode.append(node.decode.value)
     return OPTIMISM * max(prefill) if prefill else 1.0, OPTIMISM * max(decode) if decode else 1.0
-
-
-def _decode_tok_s(ask: Ask, stats: FinalStats, first_byte_s: float, total_s: float) -> float | None:
-    """Tokens a second of the answer; from the stream's own timing where the protocol has no durations."""
-    tokens = stats.output_tokens or 0
-    if tokens < MIN_DECODE_TOKENS:
-        return None
-    if stats.decode_s:
-        return tokens / stats.decode_s
-    streamed_s = total_s - first_byte_s
-    return (tokens - 1) / streamed_s if ask.stream and streamed_s > 0 else None
-
-
-def _handicap(node: Node, key: str, concurrency: int, machine: Hardware) -> float:
-    """How many times slower than alone and wholly on the accelerator ``node`` worked."""
-    resident = node.resident.get(key)
-    share = 1.0
-    if resident and resident.size and not node.coordinator:
-        share = resident.size_vram / resident.size
-    beside = slowdown(min(concurrency, node.parallel) - 1)
-    return beside * hardware.offload_slowdown(min(share, 1.0), machine.cpu_slowdown)

@@ -16,7 +16,16 @@ from proxy_addon.fleet.lengths import Histogram
 log = logging.getLogger(__name__)
 
 GAIN = 0.2  #: weight of the newest measurement once there are five
+SETTLED = 2  #: measurements after which one can be said to be far off
+FAR = math.log(1.5)  #: a smaller deviation is never more than noise
+NOISES = 4.0  #: nor is one of fewer mean deviations
 HALF_LIFE_S = 600.0  #: outcomes of requests are half forgotten after ten minutes
+OUTCOMES_KEPT = (
+    0.95  #: of all before, with each request: a node that works again is believed after a few dozen
+)
+NEIGHBOUR_SLOWDOWN = 0.25  #: per sequence beside: decoding shares the reading of weights, not the arithmetic
+RUNNER_SLOWDOWN = 1.0  #: per other model at work: a GPU gives processes its time in turn (NVIDIA on MPS)
+PRIOR_SLOWDOWNS = 4  #: measurements that these two count as
 PRIOR_OUTCOMES = 10.0  #: a new node counts as one that failed in PRIOR_FAILURE of so many requests
 PRIOR_FAILURE = 0.01
 
@@ -26,10 +35,17 @@ Positive = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 @dataclass(slots=True)
 class Rate:
-    """A positive quantity as the mean of its logarithm, with forgetting."""
+    """A positive quantity as the mean of its logarithm, with forgetting.
+
+    What is far off twice in a row, in the same direction, is no noise: then the mean begins anew from these
+    two. One alone counts like any other, so that an outlier moves little.
+    """
 
     log: Finite = 0.0
     n: NonNegativeInt = 0
+    noise: Positive = 0.0  #: mean deviation, of logarithms
+    odd: Finite | None = None  #: the last measurement, where that was far off
+    past: Finite | None = None  #: the mean before it fell, until it has come back
 
     @property
     def value(self) -> float:
@@ -41,20 +57,77 @@ class Rate:
         """The mean; None before the first measurement."""
         return math.exp(self.log) if self.n else None
 
-    def add(self, value: float) -> None:
-        """Take in one measurement, which must be positive."""
-        self._add(value, max(1 / (self.n + 1), GAIN))
+    @property
+    def fallen(self) -> bool:
+        """Whether it is far below what it was before."""
+        return self.past is not None
 
-    def add_bounded(self, value: float, gain_up: float) -> None:
-        """Take in one measurement that is true or too high: a higher one than the mean counts ``gain_up``."""
-        if self.n and math.log(value) > self.log:
-            self._add(value, gain_up)
+    def add(self, value: float, weight: float = 1.0) -> float:
+        """Take in one measurement, which must be positive and counts ``weight``, 1 at most.
+
+        Returns by how much the mean was moved because the quantity itself has changed; 0 most of the time.
+        """
+        log = math.log(value)
+        off = log - self.log
+        if self.n >= SETTLED and abs(off) > max(FAR, NOISES * self.noise):
+            if self.odd is not None and (self.odd > self.log) == (off > 0):
+                return self._begin_anew((self.odd + log) / 2)
+            self._was_noise()
+            self.odd = log
         else:
-            self.add(value)
-
-    def _add(self, value: float, gain: float) -> None:
+            self._was_noise()
+            if self.n:
+                self.noise += (abs(off) - self.noise) * GAIN
         self.n += 1
-        self.log += (math.log(value) - self.log) * gain
+        self._move(off * weight * max(1 / self.n, GAIN) if self.n > 1 else off)
+        return 0.0
+
+    def add_between(self, low: float, high: float, gain_up: float = 1.0) -> float:
+        """Take in a measurement that is known to lie between ``low`` and ``high``; see :meth:`add`.
+
+        ``gain_up`` is how much one above the mean counts that may be too high after all.
+        """
+        if not self.n:
+            return self.add(math.sqrt(low * high))
+        if self.log > math.log(high):
+            return self.add(high)
+        if self.log >= math.log(low):
+            self._was_noise()
+            return 0.0
+        if gain_up < 1:
+            self.n += 1
+            self._move((math.log(low) - self.log) * gain_up)
+            return 0.0
+        return self.add(low)
+
+    def shift(self, by: float) -> None:
+        """Follow another quantity that has changed for a reason which they share."""
+        if not self.n:
+            return
+        if by > 0:  # back, and not beyond what it was
+            by = min(by, max(self.past - self.log, 0.0)) if self.past is not None else 0.0
+        elif self.past is None:
+            self.past = self.log
+        self._move(by)
+
+    def _begin_anew(self, log: float) -> float:
+        moved = log - self.log
+        if moved < 0 and self.past is None:
+            self.past = self.log
+        self.n, self.odd = SETTLED, None
+        self._move(moved)
+        return moved
+
+    def _move(self, by: float) -> None:
+        self.log += by
+        if self.past is not None and self.log > self.past - FAR:
+            self.past = None
+
+    def _was_noise(self) -> None:
+        """The measurement before was far off, but was not followed by another like it."""
+        if self.odd is not None:
+            self.noise += (abs(self.odd - self.log) - self.noise) * GAIN
+            self.odd = None
 
 
 @dataclass(slots=True)
@@ -80,7 +153,7 @@ class Outcomes:
 
     def add(self, failed: bool, now_s: float) -> None:
         """Count one request."""
-        fade = self._fade(now_s)
+        fade = OUTCOMES_KEPT * self._fade(now_s)
         self.failures = self.failures * fade + failed
         self.successes = self.successes * fade + (not failed)
         self.at_s = now_s
@@ -112,6 +185,8 @@ class OfNode:
     prefill: Rate = field(default_factory=Rate)  #: measured ÷ promised
     decode: Rate = field(default_factory=Rate)
     load_bytes_s: Rate = field(default_factory=Rate)
+    crowding: Mean = field(default_factory=lambda: Mean(NEIGHBOUR_SLOWDOWN, PRIOR_SLOWDOWNS))
+    sharing: Mean = field(default_factory=lambda: Mean(RUNNER_SLOWDOWN, PRIOR_SLOWDOWNS))
     outcomes: Outcomes = field(default_factory=Outcomes)
     lost_s: Mean = field(default_factory=Mean)  #: time that a failed attempt took
     models: dict[str, ModelOnNode] = field(default_factory=dict)
@@ -188,6 +263,8 @@ def _copied(node: OfNode) -> OfNode:
         node.prefill,
         node.decode,
         node.load_bytes_s,
+        node.crowding,
+        node.sharing,
         Outcomes(node.outcomes.failures, node.outcomes.successes),
         node.lost_s,
         node.models.copy(),
