@@ -73,6 +73,8 @@ def pack(record: Record, ended_at: datetime) -> Entry:
         "node": attempts[-1].node if attempts else None,
         "duration_s": duration_s,
         "first_byte_s": _since(started_s, record.first_byte_s),
+        "queued_s": None if record.queued_s is None else round(record.queued_s, 6),
+        "queue_position": record.queue_position,
     }
     if ask is not None:
         made |= zip(ASK_FIELDS, _ask_fields(ask), strict=True)

@@ -78,6 +78,8 @@ class Record:
     placed: bool = False  #: the flow's address is a node that an addon chose; nothing else may be contacted
     body_limit_bytes: int | None = None  #: a body that grows beyond is answered 413 at once
     on_left: list[Callable[[], object]] = field(default_factory=list)  #: called when the client leaves
+    queued_s: float | None = None  #: how long it waited in the proxy's own line; None: it never stood there
+    queue_position: int | None = None  #: its place there when it came, 1 for the first
     last_byte_s: float | None = None
     first_byte_s: float | None = None
     ended_s: float | None = None
