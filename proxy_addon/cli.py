@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shard": ("shard.cli:app", "Serve GGUF models through llama-server, as Ollama would."),
     "status": ("proxy_addon.commands.status:status", "Show the nodes and what they are doing."),
     "explain": ("proxy_addon.commands.explain:explain", "Say where a request went and why."),
+    "replay": (
+        "proxy_addon.commands.replay:replay_command",
+        "Say where requests would have gone under other settings.",
+    ),
     "models": ("proxy_addon.commands.models:models", "List the models and the nodes that have them."),
     "demo": ("proxy_addon.demo:main", "Show it all on this machine, with a real model."),
 }

@@ -102,7 +102,7 @@ def test_help_lists_every_command_and_no_later_one() -> None:
     shown = run("--help")
     assert shown.exit_code == 0
     listed = [line.split()[0] for line in shown.output.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == ["proxy", "agent", "shard", "status", "explain", "models", "demo"]
+    assert listed == ["proxy", "agent", "shard", "status", "explain", "replay", "models", "demo"]
 
 
 def test_version() -> None:
