@@ -128,7 +128,7 @@ class Dispatch:
     def release(self, flow: http.HTTPFlow, rec: Record, outcome: str, detail: str = "") -> None:
         """The attempt is over: take the request off its node, once, and say how it ended."""
         if rec.flight is not None:
-            rec.flight.drop((rec.stats.output_tokens or 0) if rec.stats else 0)
+            rec.flight.drop((rec.stats.output_tokens or 0) if rec.stats else 0, self.now())
             rec.flight = None
         if rec.node is not None:
             flows = self.in_flight.get(rec.node)

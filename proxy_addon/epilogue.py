@@ -8,6 +8,7 @@ from mitmproxy import http
 
 from proxy_addon import record
 from proxy_addon.dispatch import Dispatch
+from proxy_addon.fleet.crowd import Company
 from proxy_addon.fleet.node import Node
 from proxy_addon.record import Record
 
@@ -45,7 +46,7 @@ class Epilogue:
         rec.ended_s, rec.outcome = now_s, outcome
         rec.status = flow.response.status_code if flow.response is not None else None
         flight, node = rec.flight, rec.node
-        concurrency = len(node.flights) if node is not None else 0
+        company = flight.company(now_s) if flight is not None else Company()
         detail = flow.error.msg if flow.error is not None and outcome != "ok" else ""
         self.dispatch.release(flow, rec, outcome, detail)
         if node is not None and flight is not None:
@@ -57,7 +58,16 @@ class Epilogue:
             if outcome == "ok" and rec.ask is not None and rec.sent_s is not None:
                 first_byte_s = (rec.first_byte_s or now_s) - rec.sent_s
                 self.dispatch.speeds.observe(
-                    node, rec.ask, rec.stats, first_byte_s, now_s - rec.sent_s, concurrency, now_s
+                    node,
+                    rec.ask,
+                    rec.stats,
+                    first_byte_s,
+                    now_s - rec.sent_s,
+                    company.sequences,
+                    now_s,
+                    runners=company.runners,
+                    cached_tokens=flight.cached_tokens,
+                    lone=flight.lone,
                 )
         for observer in self.observers:
             observer(rec)

@@ -123,7 +123,7 @@ class Tee:
         if rec.first_byte_s is None:
             rec.first_byte_s = now_s
             if rec.flight is not None:
-                rec.flight.first_byte_s = now_s
+                rec.flight.answered(now_s)
         separator = self._separator
         if separator is not None and (self._partial or self.dirty or not data.endswith(separator)):
             data = self._whole_lines(self._partial + data, separator)

@@ -31,7 +31,7 @@ def decode_tok_s(ask: Ask, stats: FinalStats, first_byte_s: float, total_s: floa
 
 
 def prefill_tok_s(
-    stats: FinalStats, cached_tokens: int, decoded_tok_s: float | None
+    stats: FinalStats, cached_share: float, decoded_tok_s: float | None
 ) -> tuple[float, float] | None:
     """Prompt tokens a second, between two bounds; None where too little was evaluated to tell.
 
@@ -39,7 +39,7 @@ def prefill_tok_s(
     speed is that of the tokens that are not expected to be cached, or more, up to that of all it counts.
     """
     tokens = stats.prompt_tokens or 0
-    evaluated = tokens - cached_tokens
+    evaluated = tokens * (1 - cached_share)
     if not stats.prefill_s or evaluated < MIN_PREFILL_TOKENS:
         return None
     if decoded_tok_s and evaluated / stats.prefill_s > decoded_tok_s * MAX_PREFILL_PER_DECODE:

@@ -14,6 +14,7 @@ on the accelerator" and are predicted from there, so that one measurement serves
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class Speeds:
         self.models = state.models
         self.lengths = OutputLengths(state.lengths)
         self.demand = Demand()
+        self._stamps: Counter[str] = Counter()
         self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
         self._machines: dict[str, Machine] = {}
         self._best: dict[bool, tuple[float, float]] = {}
@@ -134,6 +136,13 @@ class Speeds:
             prior = machine.sharded.get(key)
             found = cache[name] = self._estimate(name, machine.hardware, key, size_bytes, prior)
         return found
+
+    def stamp(self, name: str) -> int:
+        """A number that grows with all that is learned of the node ``name``, or of others with effect on it.
+
+        Whoever keeps what follows from speeds and failures sees by it whether it still holds.
+        """
+        return self._stamps[name] + self._stamps[""]
 
     def output_tokens(self, ask: Ask) -> float:
         """Tokens that the answer to ``ask`` is expected to have."""
@@ -226,6 +235,7 @@ class Speeds:
         """
         name = node.name
         learned = self.nodes.setdefault(name, OfNode())
+        self._stamps[name] += 1
         learned.outcomes.add(False, now_s)
         row = node.models.get(ask.key)
         if stats is None or row is None or ask.unload:
@@ -238,7 +248,9 @@ class Speeds:
             self._of_model(ask, stats)
         decode_tok_s = evidence.decode_tok_s(ask, stats, first_byte_s, total_s)
         slowed = evidence.offload(node, ask.key, machine)
-        prefill = evidence.prefill_tok_s(stats, cached_tokens or 0, decode_tok_s)
+        # What is expected in the cache is counted as prompts are before they are sent: by estimate.
+        cached_share = min((cached_tokens or 0) / max(ask.prompt_tokens, 1), 1.0)
+        prefill = evidence.prefill_tok_s(stats, cached_share, decode_tok_s)
         if prefill is not None:
             promised = None if node.coordinator else machine.prefill_tok_s(row.size)
             bounds = prefill[0] * slowed, prefill[1] * slowed
@@ -257,6 +269,7 @@ class Speeds:
     def observe_failure(self, name: str, lost_s: float, now_s: float) -> None:
         """Learn that an attempt on the node ``name`` failed after ``lost_s``."""
         learned = self.nodes.setdefault(name, OfNode())
+        self._stamps[name] += 1
         learned.outcomes.add(True, now_s)
         learned.lost_s.add(max(lost_s, 0.0))
 
@@ -280,6 +293,7 @@ class Speeds:
 
     def _forget_estimates(self, name: str, known: bool) -> None:
         if self._compare(known):
+            self._stamps[""] += 1
             self._cache.clear()  # every unmeasured node is compared with the best one
         else:
             for estimates in self._cache.values():

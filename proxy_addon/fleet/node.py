@@ -13,11 +13,14 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from agent.report import Model, NodeKind, Report, Resident
+from proxy_addon.fleet import slots as served
+from proxy_addon.fleet.crowd import Company, Crowd, Mark
 from proxy_addon.fleet.health import Health
 from proxy_addon.fleet.prefix_cache import PrefixCache, Slot
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask, ReloadKey
+    from proxy_addon.fleet.patience import Patience
     from proxy_addon.placement.view import View
 
 _TURNS = count(1)
@@ -35,12 +38,32 @@ class Flight:
     load: bool = False  #: the decision expects this request to load its model
     service_s: float | None = None  #: of ``expected_s`` prefill and decode alone; None: all of it
     slot: Slot | None = None  #: which of the runner's it is expected to take
+    cached_tokens: int | None = None  #: of the prompt, expected in the prefix cache; None: nobody knows
+    lone: bool = True  #: nobody else was there between its start and its first byte
+    mark: Mark | None = None  #: of the node's crowd, at the start or the first byte
+    patience: Patience | None = None  #: how long it may take before it is late; see patience.py
 
-    def drop(self, output_tokens: int = 0) -> None:
+    def answered(self, now_s: float) -> None:
+        """The first byte of the answer has come; of one that is not streamed it is the last as well."""
+        self.first_byte_s = now_s
+        if self.ask.stream:
+            self.node.crowd.advance(self.node.in_use, self.node.parallel, now_s)
+            self.mark = self.node.crowd.mark(self.ask.key)
+
+    def company(self, now_s: float) -> Company:
+        """What it ran beside while its answer came; since its start, where that is not streamed."""
+        node = self.node
+        node.crowd.advance(node.in_use, node.parallel, now_s)
+        return node.crowd.since(self.mark, self.ask.key) if self.mark is not None else Company()
+
+    def drop(self, output_tokens: int = 0, now_s: float | None = None) -> None:
         """Take the request off the node, which has answered with so many tokens; harmless the second time."""
         node, key = self.node, self.ask.key
         if self not in node.flights:
             return
+        if now_s is not None:
+            node.crowd.advance(node.in_use, node.parallel, now_s)
+            served.ended(self, now_s)
         node.flights.discard(self)
         node.work_s = node.work_s - self._work_s if node.flights else 0.0
         node.in_use[key] -= 1
@@ -86,6 +109,8 @@ class Node:
     #: canonical name → the reload key of the last request that we sent there for it; none of another runner
     loads: set[str] = field(default_factory=set)  #: models whose load we have caused and no poll has shown
     prefixes: PrefixCache = field(default_factory=PrefixCache)
+    crowd: Crowd = field(default_factory=Crowd)
+    trials: served.Trials = field(default_factory=served.Trials)
     full_until_s: float = 0.0  #: it said 503 lately: full, whatever else it looks like
     unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
     pinned: frozenset[str] = frozenset()  #: canonical names of what should stay in its memory (replicas/)
@@ -131,9 +156,18 @@ class Node:
         if load and ask.key not in self.loads:
             self.loads.add(ask.key)
             self.prefixes.forget(ask.key)
+        if ask.prefix:
+            flight.cached_tokens = self.prefixes.cached_tokens(ask.key, ask.prefix)
         flight.slot = self.prefixes.note(ask.key, ask.prefix, slots or self.parallel)
+        for other in self.flights:
+            flight.lone = False
+            if other.first_byte_s is None:
+                other.lone = False
+        self.crowd.advance(self.in_use, self.parallel, now_s)
+        flight.mark = self.crowd.mark(ask.key)
         self.flights.add(flight)
         self.in_use[ask.key] += 1
+        served.taken(self, flight, now_s)
         self.work_s += flight._work_s
         self.turn = next(_TURNS)
         return flight

@@ -23,6 +23,7 @@ from agent.ollama import names
 from agent.ollama.client import OllamaError, parse_ps, parse_tags
 from agent.report import Model, Resident
 from proxy_addon import access
+from proxy_addon.fleet import slots
 from proxy_addon.fleet.agent_watch import AgentWatch
 from proxy_addon.fleet.liveness import Liveness
 from proxy_addon.fleet.node import Fleet, Node
@@ -185,6 +186,7 @@ class NodeWatch:
             return
         node.poll_error = f"it {failure.reason}"
         node.holds({})
+        slots.restarted(node)
         self._seen.clear()
         self.looked.set()
         what = "is lost" if before == "up" else "cannot be used yet"
