@@ -69,7 +69,8 @@ class Features(_Row):
     s_per_output_token: float = 0.0
     offload: float = 1.0  #: how many times longer both take because a part is on the CPU
     gpu_share: float = 1.0  #: of the model on accelerators; 1 on a machine that has none
-    beside: int = 0  #: other sequences that the node decodes meanwhile
+    beside: int = 0  #: other sequences of the model that the node decodes meanwhile
+    runners: int = 0  #: other models at work there
     slowdown: float = 1.0  #: how many times longer an output token takes because of them
     added_slowdown: float = 0.0  #: by what share each of their tokens takes longer because of ours
     work_s: float = 0.0  #: what the requests in flight there were expected to be worked on, all together

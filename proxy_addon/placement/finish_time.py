@@ -72,7 +72,9 @@ def _parts(ask: AskFeatures, row: Features) -> tuple[float, ...]:
     failure_s = failures * (row.lost_s + WORK_LOST * (load_s + prefill_s + decode_s))
     neighbours_s = risk_s = outside_s = 0.0
     if row.added_slowdown > 0:
-        neighbours_s = NEIGHBOURS * row.added_slowdown * min(row.work_s, row.beside * decode_s)
+        neighbours_s = (
+            NEIGHBOURS * row.added_slowdown * min(row.work_s, (row.beside or row.runners) * decode_s)
+        )
     slower_s = token_s - ask.best_s_per_output_token
     if slower_s > 0:
         risk_s = RISK * (ask.output_tokens_high - ask.output_tokens) * slower_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agent.report import Model, Report, Resident, ShardModel
@@ -28,6 +28,7 @@ class Place:
     resident: Resident | None
     report: Report | None
     parallel: int
+    stamp: int  #: of what was learned of it
     answers: bool  #: its polls
     coordinator: bool
     slots: int  #: requests that a runner of the model generates at a time
@@ -36,12 +37,15 @@ class Place:
     s_per_prompt_token: float
     s_per_output_token: float
     absent_load_s: float  #: 0 where the model is resident, under whatever options
+    lost_s: float  #: that a failed attempt costs, besides its work
     gpu_free_bytes: int
     gpu_total_bytes: int
     cpu_utilisation: float | None
     other_version: bool = False  #: than the one that the fleet serves
     starts: Starts | None = None
-    success_rate: float = 1.0  #: as of the last second
+    success_rate: float = 1.0
+    success_s: float = -1.0  #: the second of which that is
+    slowdowns: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def room(self) -> Room | None:
@@ -52,6 +56,27 @@ class Place:
     def sharded(self) -> ShardModel | None:
         """What the node expects of the model, where it is a coordinator."""
         return self.estimate.prior
+
+    def success_rate_at(self, second_s: float, speeds: Speeds) -> float:
+        """Share of the node's requests that succeed, as of the whole second."""
+        if self.success_s != second_s:
+            self.success_rate, self.success_s = speeds.success_rate(self.name, second_s), second_s
+        return self.success_rate
+
+    def slowdown(self, beside: int, runners: int, speeds: Speeds) -> tuple[float, float]:
+        """How many times longer a token takes than alone, and by what share others take longer for us.
+
+        That is with ``beside`` other sequences of the model and ``runners`` other models at work. Where the
+        model is at work already, we are one more of its sequences; else it is one more runner.
+        """
+        found = self.slowdowns.get((beside, runners))
+        if found is None:
+            slow = speeds.slowdown(self.name, beside, runners)
+            before = speeds.slowdown(self.name, beside - 1, runners) if beside else 1.0
+            if runners and not beside:
+                before = speeds.slowdown(self.name, 0, runners - 1)
+            found = self.slowdowns[beside, runners] = slow, slow / before - 1
+        return found
 
 
 @dataclass(slots=True)

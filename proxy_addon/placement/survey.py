@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from proxy_addon.ask import Ask
 from proxy_addon.fleet import hardware
-from proxy_addon.fleet.learning import slowdown
 from proxy_addon.fleet.node import Node
 from proxy_addon.placement.features import Features
 from proxy_addon.placement.runner import Start, loading, start
@@ -28,7 +27,7 @@ def features(scene: Scene, place: Place) -> Features | str:
         return begin
     flights = node.flights
     wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
-    beside, slow, added, work_s = 0, 1.0, 0.0, 0.0
+    beside, runners, slow, added, work_s = 0, 0, 1.0, 0.0, 0.0
     offload = 1.0
     if begin.gpu_share < 1:
         offload = hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
@@ -36,11 +35,9 @@ def features(scene: Scene, place: Place) -> Features | str:
         slots = scene.slots or place.slots
         mine = node.in_use.get(ask.key, 0)
         beside = mine if mine < slots else slots - 1
-        if mine < len(flights):
-            beside += _others(node, ask.key)
-        if beside:
-            slow = slowdown(beside)
-            added = slow / slowdown(beside - 1) - 1
+        runners = len(node.in_use) - (mine > 0)
+        if beside or runners:
+            slow, added = place.slowdown(beside, runners, scene.speeds)
             work_s = node.work_s
         if mine >= slots or (mine and begin.loads):
             token_s = place.s_per_output_token * offload * slow
@@ -48,15 +45,13 @@ def features(scene: Scene, place: Place) -> Features | str:
             wait_s = max(ends) if begin.loads and begin.loading is None else min(ends)
         if begin.loading is not None:
             load_s = load_left_s(begin.loading, scene.now_s)
-        elif begin.loads:
+        elif begin.loads and (begin.drains or node.loads):
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
     evict_s = 0.0
     if begin.evicts or begin.replaces:
         if starts.priced_s != scene.second_s:
             starts.priced_s, starts.evict_s = scene.second_s, _evict_s(scene, place, begin)
         evict_s = starts.evict_s
-    speeds = scene.speeds
-    success_rate = place.success_rate = speeds.success_rate(name, scene.second_s)
     return Features(
         name,
         wait_s,
@@ -66,13 +61,14 @@ def features(scene: Scene, place: Place) -> Features | str:
         offload,
         begin.gpu_share,
         beside,
+        runners,
         slow,
         added,
         work_s,
         cached_tokens(ask, place) if ask.prefix else 0.0,
         evict_s,
-        success_rate,
-        speeds.lost_s(name),
+        place.success_rate_at(scene.second_s, scene.speeds),
+        place.lost_s,
         len(flights),
         node.parallel,
         node.turn,
@@ -101,9 +97,8 @@ def _starts(scene: Scene, place: Place) -> Starts:
     node, ask = place.node, scene.ask
     key, flights = ask.key, node.flights
     if flights:
-        for flight in flights:
-            if flight.load and flight.first_byte_s is None:  # a load under way changes all the time
-                return Starts((), _start(scene, place))
+        if node.loads and any(flight.load and flight.first_byte_s is None for flight in flights):
+            return Starts((), _start(scene, place))  # a load under way changes all the time
         if place.resident is None and key in node.in_use:
             return IN_USE
     wanted = (ask.reload_key, ask.num_ctx, node.loaded_with.get(key), scene.slots)
@@ -132,19 +127,10 @@ def _start(scene: Scene, place: Place) -> Start | str:
 IN_USE = Starts((), Start(notes=("in use there",)))  #: it was loaded since the last poll
 
 
-def _others(node: Node, key: str) -> int:
-    """How many sequences the node decodes for other models than ``key``."""
-    parallel, found = node.parallel, 0
-    for model, count in node.in_use.items():
-        if model != key:
-            found += count if count < parallel else parallel
-    return found
-
-
 def _load_wait_s(scene: Scene, place: Place, begin: Start) -> float:
     """Loads before ours, and the requests of those models that must make room; both at the same time."""
     node, now_s = place.node, scene.now_s
-    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)]
+    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)] if node.loads else []
     for model in begin.drains:
         if model in node.in_use:
             slots = max(node.parallel, 1)

@@ -80,8 +80,8 @@ def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
     view.second_s = second_s
     view.able = who(view, now_s)
     if large:
-        for name, place in view.holders.items():
-            place.success_rate = speeds.success_rate(name, second_s)
+        for place in view.holders.values():
+            place.success_rate_at(second_s, speeds)
     return view
 
 
@@ -130,7 +130,7 @@ def stands(place: Place, key: str, speeds: Speeds) -> bool:
         node.report is place.report
         and node.resident.get(key) is place.resident
         and node.parallel == place.parallel
-        and speeds.estimate(place.name, place.machine, key, place.row.size) is place.estimate
+        and speeds.stamp(place.name) == place.stamp
     )
 
 
@@ -147,6 +147,7 @@ def placed(name: str, node: Node, key: str, speeds: Speeds, other_version: bool 
         resident,
         report,
         node.parallel,
+        speeds.stamp(name),
         node.poll_error is None,
         node.coordinator,
         slots_for(node.parallel, row),
@@ -155,6 +156,7 @@ def placed(name: str, node: Node, key: str, speeds: Speeds, other_version: bool 
         1 / estimate.prefill_tok_s,
         1 / estimate.decode_tok_s,
         0.0 if resident is not None else estimate.load_s,
+        speeds.lost_s(name),
         sum(gpu.memory_free_bytes for gpu in gpus),
         sum(gpu.memory_total_bytes for gpu in gpus),
         report.host.cpu_utilisation if report is not None else None,
