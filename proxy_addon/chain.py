@@ -32,6 +32,7 @@ from proxy_addon.failover import Failover
 from proxy_addon.fleet.discovery import Discovery
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, names
+from proxy_addon.fleet.probe import Prober
 from proxy_addon.fleet.watch import Watch
 from proxy_addon.guard import Guard
 from proxy_addon.intake import Intake, Understand
@@ -113,6 +114,7 @@ class Sollol:
         self.keeper = Keeper(
             hands, self.dispatch.rules, _now, self.journal.note, self.telemetry.replica_acted
         )
+        self.prober = Prober(self.fleet, self.speeds, self.session, _now, guard.stamp, self.journal.note)
         budget = Budget(
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )
@@ -134,6 +136,7 @@ class Sollol:
             Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
             Understand(self.ready),
             one_server,
+            self.keeper,
             Route(self.dispatch, one_server, budget),
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
             timeouts,
@@ -173,6 +176,7 @@ class Sollol:
         now_s = _now()
         self.ready.set()
         self.keeper.start()
+        self.prober.start()
         up, all_nodes = self.fleet.up(now_s), list(self.fleet)
         models = {key for node in up for key in node.models}
         log.info(
@@ -207,6 +211,7 @@ class Sollol:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.keeper.stop()
+        await self.prober.stop()
         await self.discovery.stop()
         await self.watch.stop()
         await self.journal.close()

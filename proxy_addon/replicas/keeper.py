@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mitmproxy import http
+
 from agent.ollama import names
+from proxy_addon.fleet.node import Node
 from proxy_addon.placement.diversion import Diversion
 from proxy_addon.record import Record
 from proxy_addon.replicas import snapshot
@@ -56,7 +59,8 @@ class Keeper:
         self._said: dict[Pin, str] = {}  #: what is wrong with a pin, as it was logged
         self._service_s: dict[str, float] = {}  #: by model, of the requests that ended well
         self._acting: dict[tuple[str, str], Action] = {}  #: (model, node) → what is under way
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._cut: dict[tuple[str, str], str] = {}  #: what is to end in the middle, and why
         self._loaded_s: dict[str, float] = {}  #: node → when our last load there ended
         self._timer: asyncio.TimerHandle | None = None
         self._looked_s = -math.inf
@@ -67,7 +71,7 @@ class Keeper:
         if self.pins or self.settings.replicas == "auto":
             self._running = True
             self.fleet.on_news.append(lambda _: self.stir())
-            self.fleet.on_lost.append(lambda *_: self.stir())
+            self.fleet.on_lost.append(self._lost)
             self.stir()
 
     async def stop(self) -> None:
@@ -75,15 +79,20 @@ class Keeper:
         self._running = False
         if self._timer is not None:
             self._timer.cancel()
-        acting = list(self._tasks)
-        for task in acting:
+        acting = dict(self._tasks)
+        for where, task in acting.items():
+            self._cut[where] = "SOLLOL ends"
             task.cancel()
-        await asyncio.gather(*acting, return_exceptions=True)
+        await asyncio.gather(*acting.values(), return_exceptions=True)
 
     def stir(self) -> None:
         """Something has changed that may matter: look soon. Cheap, may be called for every request."""
         if self._running:
             self._look_at(self._now())
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        """Somebody asks for something."""
+        self.stir()
 
     def observe(self, record: Record) -> None:
         """Learn from a request that has ended how long it kept a slot."""
@@ -95,6 +104,14 @@ class Keeper:
         if service_s > 0:
             before_s = self._service_s.get(key, service_s)
             self._service_s[key] = before_s + SERVICE_GAIN * (service_s - before_s)
+        self.stir()
+
+    def _lost(self, node: Node, reason: str) -> None:
+        """Nothing that was begun on ``node`` will come to its end."""
+        for where, task in self._tasks.items():
+            if where[1] == node.name:
+                self._cut[where] = f"{node.name} is lost: {reason}"
+                task.cancel()
         self.stir()
 
     # when to look
@@ -187,12 +204,19 @@ class Keeper:
         if where not in self._acting:
             self._acting[where] = action
             task = asyncio.create_task(self._act(action, pin), name=f"{action.name} {action.model}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[where] = task
+            task.add_done_callback(lambda ended: self._ended(where, ended))
+
+    def _ended(self, where: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._acting[where], self._tasks[where]
+        self._cut.pop(where, None)
+        if not task.cancelled() and (defect := task.exception()) is not None:
+            log.error("A defect of SOLLOL's has ended %s.", task.get_name(), exc_info=defect)
+        self.stir()
 
     async def _act(self, action: Action, pin: Pin | None) -> None:
         """Do it, and write down what became of it."""
-        begun_s, outcome = self._now(), "cut short"
+        begun_s, outcome = self._now(), ""
         try:
             answer = await self.hands.do(action)
             outcome = "ok" if answer.ok else f"failed: {answer.error}"
@@ -202,12 +226,11 @@ class Keeper:
             model, ended_s = names.display(action.model), self._now()
             if isinstance(action, Load):
                 self._loaded_s[action.node] = ended_s
-            del self._acting[action.model, action.node]
+            outcome = outcome or f"cut short: {self._cut.get((action.model, action.node), 'a defect')}"
             self._count(action.name)
             log.info("%s %s on %s: %s; %s.", action.name, model, action.node, action.reason, outcome)
             made = {"action": action.name, "model": model, "node": action.node, "reason": action.reason}
             self._note(KIND, made | {"outcome": outcome, "duration_s": round(ended_s - begun_s, 3)})
-            self.stir()
 
 
 def _row(pin: Pin, home: str | None, resident: bool, loading: bool, why: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from proxy_addon.replicas.actions import Action, Load, Unload
 from proxy_addon.settings import Replicas
 
 CALM = 0.5  #: share of ``pressure_s`` that the rest must stay below for a replica to be given up
+SHORTEST_LOOK = 0.25  #: share of ``pressure_s`` between two plans while requests wait, though nothing happens
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,11 @@ class Runner:
     node: str
     slots: int = 1
     in_flight: int = 0
+    waited_s: float = 0.0  #: that the first of the requests beyond its slots has waited already
 
     def wait_s(self, service_s: float) -> float:
-        """Seconds until one more request gets a slot, if each keeps it for ``service_s``."""
-        return max(self.in_flight - self.slots + 1, 0) * service_s / self.slots
+        """Seconds that one more request waits for a slot, if each keeps it for ``service_s``."""
+        return max(self.waited_s, max(self.in_flight - self.slots + 1, 0) * service_s / self.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,12 @@ class _Planner:
         rules, changed = self.rules, (*self.model_changed_s.values(), *self.node_changed_s.values())
         due = [since_s + rules.sustain_s for since_s in self.since_s.values()]
         due += [used_s + rules.idle_s for used_s in self.used_s.values()]
+        limit_s = rules.pressure_s
+        due += [  # a wait grows by a second a second; one just below the limit is not watched all the time
+            self.now_s + max(limit_s - wanted.wait_s, SHORTEST_LOOK * limit_s)
+            for key, wanted in self.models.items()
+            if wanted.wait_s > 0 and key in self.pressure and key not in self.since_s
+        ]
         if self.since_s or self.used_s:
             due += [changed_s + rules.cooldown_s for changed_s in changed]
         return min((moment_s for moment_s in due if moment_s > self.now_s), default=math.inf)

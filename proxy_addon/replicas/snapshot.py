@@ -79,7 +79,7 @@ def wanted(
                     at.setdefault(key, []).append(node)
     found = {}
     for key, nodes in at.items():
-        runners = tuple(Runner(node.name, _slots(node, key), node.in_use[key]) for node in nodes)
+        runners = tuple(_runner(node, key, now_s) for node in nodes)
         each_s = service_s.get(key) or _expected_service_s(nodes, key)
         wait_s = min(runner.wait_s(each_s) for runner in runners)
         wait_s += waiting.get(key, 0) * each_s / sum(runner.slots for runner in runners)
@@ -138,9 +138,13 @@ def _stays_s(node: Node, key: str) -> float | None:
     return (row.expires_at - datetime.now(UTC)).total_seconds() if row.expires_at else math.inf
 
 
-def _slots(node: Node, key: str) -> int:
-    ask = next((flight.ask for flight in node.flights if flight.ask.key == key), None) or load_ask(key)
-    return slots_of(node, ask, node.models[key])
+def _runner(node: Node, key: str, now_s: float) -> Runner:
+    flights = sorted(
+        (flight for flight in node.flights if flight.ask.key == key), key=lambda flight: flight.started_s
+    )
+    slots = slots_of(node, flights[0].ask if flights else load_ask(key), node.models[key])
+    waited_s = now_s - flights[slots].started_s if len(flights) > slots else 0.0
+    return Runner(node.name, slots, len(flights), waited_s)
 
 
 def _expected_service_s(nodes: Collection[Node], key: str) -> float:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy_addon.replicas.actions import Action, Load, Unload
+from proxy_addon.replicas.actions import Action, Load
 from proxy_addon.replicas.plan import Place, Plan, Runner, State, Wanted, erlang_c, plan, pressure_s
 from proxy_addon.settings import Replicas
 
@@ -49,6 +49,13 @@ def test_the_present_wait_counts_where_demand_does_not_show_it_yet() -> None:
     assert Runner("a", slots=2, in_flight=1).wait_s(4) == 0
     assert Runner("a", slots=2, in_flight=2).wait_s(4) == 2  # the first of two to end
     assert Runner("a", slots=1, in_flight=3).wait_s(4) == 12
+    assert Runner("a", slots=1, in_flight=2, waited_s=50).wait_s(4) == 50  # all take longer than expected
+
+
+def test_a_wait_that_grows_is_looked_at_when_it_may_be_too_long() -> None:
+    waiting = replace(HOT, rate_per_s=0.0, wait_s=0.5)
+    assert plan({"m": waiting}, {}, State(), RULES, 100).next_s == 101.5
+    assert plan({"m": replace(waiting, wait_s=1.99)}, {}, State(), RULES, 100).next_s == 100.5
 
 
 def test_a_model_that_is_pressed_for_long_gets_another_runner() -> None:
@@ -265,7 +272,6 @@ def test_nothing_is_done_without_need(demand: list[tuple[float, dict[str, float]
             ours.add((action.model, action.node))
         else:
             assert (action.model, action.node) in ours
-
 
 
 @pytest.mark.parametrize("period_s", [4, 20, 60, 200])
