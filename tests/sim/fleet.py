@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 from tests.fakes.fake_agent import FakeAgent
@@ -17,6 +18,14 @@ def machines_of(trace: Trace, time_scale: float = 1.0) -> list[dict[str, Any]]:
     if trace.equal:
         return [dict(spec) for spec in machines(kinds[:1], trace.seed, time_scale) for _ in kinds]
     return machines(kinds, trace.seed, time_scale)
+
+
+async def warm(trace: Trace, nodes: Iterable[FakeOllama]) -> None:
+    """Load what a trace finds loaded."""
+    for node in nodes:
+        for model in trace.warm:
+            node.scheduler.release(await node.scheduler.acquire(model, model.name, {}, None))
+            node.scheduler.loads.clear()
 
 
 async def befall(event: Event, node: FakeOllama) -> None:
@@ -53,6 +62,7 @@ class SimFleet:
             await agent.start()
             if index in self.trace.late:
                 await node.refuse()
+        await warm(self.trace, self.nodes)
         return self
 
     async def befall(self, event: Event) -> None:

@@ -123,6 +123,10 @@ class NodeModel:
             self.channel.append(work)
             self._serve_channel()
 
+    def hold(self, model: FakeModel) -> None:
+        """Have a model loaded, at the context of those who name none."""
+        self._rest(self._run(model, self._num_ctx(model, None)))
+
     def expire_all(self) -> None:
         """Unload every model as soon as it is idle."""
         for runner in self.runners.values():
@@ -258,19 +262,21 @@ class NodeModel:
     def _loaded(self) -> None:
         work = self.channel.popleft()
         self.loaded_s = NEVER
-        model, num_ctx, parallel = work.model, self._num_ctx(work), self._parallel(work.model)
+        self._use(self._run(work.model, self._num_ctx(work.model, work.num_ctx)), work)
+
+    def _run(self, model: FakeModel, num_ctx: int) -> RunnerModel:
+        parallel = self._parallel(model)
         size = model.size + model.kv_bytes(num_ctx, parallel) + COMPUTE_BYTES
-        runner = RunnerModel(
+        runner = self.runners[model.blob] = RunnerModel(
             model, num_ctx, size, self._on_gpu(model, size), self.spec.keep_alive_s, [""] * parallel
         )
-        self.runners[model.blob] = runner
-        self._use(runner, work)
+        return runner
 
     def _needs_reload(self, runner: RunnerModel, work: Work) -> bool:
-        return runner.num_ctx != self._num_ctx(work)
+        return runner.num_ctx != self._num_ctx(work.model, work.num_ctx)
 
-    def _num_ctx(self, work: Work) -> int:
-        return max(4, min(work.num_ctx or self.spec.num_ctx, work.model.context_length))
+    def _num_ctx(self, model: FakeModel, wanted: int | None) -> int:
+        return max(4, min(wanted or self.spec.num_ctx, model.context_length))
 
     def _parallel(self, model: FakeModel) -> int:
         return 1 if model.capabilities == ("embedding",) else self.spec.num_parallel
@@ -287,7 +293,7 @@ class NodeModel:
         if len(self.runners) >= self.spec.loaded_limit:
             return False
         model = work.model
-        predicted = model.size + model.kv_bytes(self._num_ctx(work), self._parallel(model))
+        predicted = model.size + model.kv_bytes(self._num_ctx(model, work.num_ctx), self._parallel(model))
         if self.spec.vram_bytes and not self.spec.gpu_lost:
             return predicted <= 0.8 * self._vram_free
         ram = self.spec.ram_bytes - sum(r.size_bytes - r.vram_bytes for r in self.runners.values())

@@ -51,6 +51,9 @@ class AllKnowing:
         self._events = sorted(trace.events, key=lambda event: event.at_s)
         self._out = set(trace.late)
         self._where: dict[str, int] = {}
+        for node in self.nodes:
+            for model in trace.warm:
+                node.hold(model)
 
     def choose(self, arrival: Arrival, now_s: float) -> int | None:
         """Choose a node for a request, and count it there."""
@@ -120,17 +123,17 @@ class Oracle:
     def __init__(self, aim: Aim = "all") -> None:
         self._aim: Aim = aim
         self._mind: AllKnowing | None = None
-        #: request id → when it was to end: how true the model is
-        self.expected_s: dict[str, float] = {}
+        self._start_s = 0.0
 
     def start(self, world: World) -> None:
         """Know everything."""
         self._mind = AllKnowing(machines_of(world.trace), world.trace, self._aim)
+        self._start_s = world.start_s
 
     async def place(self, request: Request) -> int | None:
         """Choose a node."""
         assert self._mind is not None
-        return self._mind.choose(request.arrival, clock_s())
+        return self._mind.choose(request.arrival, clock_s() - self._start_s)
 
     def first_token(self, request: Request) -> None:
         """Nothing is made of it."""
@@ -138,7 +141,7 @@ class Oracle:
     def ended(self, request: Request, stats: FinalStats) -> None:
         """Keep the model true."""
         assert self._mind is not None
-        self._mind.ended(request.arrival, clock_s())
+        self._mind.ended(request.arrival, clock_s() - self._start_s)
 
     def failed(self, request: Request, failure: Failure) -> bool:
         """It knew; so nothing can."""

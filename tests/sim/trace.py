@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tests.fakes.store import FakeModel
 from tests.sim.hardware import Kind
 
 Befalls = Literal["slow", "fail_fast", "lose_gpu", "recover", "join"]
@@ -64,6 +65,7 @@ class Trace:
     arrivals: tuple[Arrival, ...]
     events: tuple[Event, ...] = ()
     equal: bool = False  #: machines of one kind are exactly equal
+    warm: tuple[FakeModel, ...] = ()  #: what every node has loaded before the first request
 
     @property
     def late(self) -> frozenset[int]:

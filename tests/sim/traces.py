@@ -22,7 +22,7 @@ from tests.sim.hardware import (
     GEMMA_2B,
     LLAMA_8B,
     LLAMA_13B,
-    RTX_3070,
+    RTX_4090,
     SOLAR_11B,
     UNLIKE,
 )
@@ -146,7 +146,8 @@ def conversation(
 
 
 FOLLOW_UP = Lengths(40, 60, 200)
-THINK_S = 20.0  #: from one turn's arrival to the next one's, in the median: reading, thinking, typing
+TURNS = 6
+THINK_S = 9.0  #: from one turn's arrival to the next one's, in the median: reading, thinking, typing
 CHATTER = Client("chatter", "Tell me about this:", Lengths(200, 300, 800), Lengths(80, 110, 250))
 
 
@@ -157,7 +158,8 @@ def _ordered(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
 # the traces
 
 MIXED = ((GEMMA_2B, 0.35), (LLAMA_8B, 0.5), (LLAMA_13B, 0.15))
-MIXED_RATE = 2.2
+#: Requests a second: two thirds of the 4.6 that the six machines get done when all of it comes at once.
+MIXED_RATE = 3.0
 
 
 def mixed(seed: int) -> Trace:
@@ -168,14 +170,14 @@ def mixed(seed: int) -> Trace:
 
 
 def chats(seed: int) -> Trace:
-    """Thirty conversations of ten turns, two models."""
+    """Fifty conversations of six turns, two models."""
     random = Random(f"chats {seed}")
     systems = {model.name: filler(random, 400) for model in (GEMMA_2B, LLAMA_8B)}
     arrivals: list[Arrival] = []
-    for number in range(REQUESTS // 10):
+    for number in range(REQUESTS // TURNS):
         model = random.choices((LLAMA_8B, GEMMA_2B), (0.7, 0.3))[0]
-        start_s, system = random.uniform(0, 60), systems[model.name]
-        arrivals += conversation(random, number, start_s, model, CHATTER, system, 10)
+        start_s, system = random.uniform(0, 2 * THINK_S), systems[model.name]
+        arrivals += conversation(random, number, start_s, model, CHATTER, system, TURNS)
     return Trace("chats", seed, UNLIKE, _ordered(arrivals))
 
 
@@ -185,7 +187,7 @@ AGENT = Client("agents", "Your task:", Lengths(250, 300, 800), Lengths(120, 150,
 def swarm(seed: int) -> Trace:
     """Fifty agents with one system prompt ask at once, amid other work."""
     random = Random(f"swarm {seed}")
-    times = arrival_times(random, REQUESTS - 50, 0.6 * MIXED_RATE)
+    times = arrival_times(random, REQUESTS - 50, 0.8 * MIXED_RATE)
     arrivals = list(questions(random, times, MIXED))
     system, at_s = filler(random, 1200), 0.4 * times[-1]
     arrivals += [ask(random, 1296 + n, at_s + n * 1e-3, AGENT, LLAMA_8B, system) for n in range(50)]
@@ -195,7 +197,7 @@ def swarm(seed: int) -> Trace:
 def embeddings(seed: int) -> Trace:
     """Batches of texts to embed beside chats."""
     random = Random(f"embeddings {seed}")
-    times = arrival_times(random, REQUESTS, 1.3 * MIXED_RATE)
+    times = arrival_times(random, REQUESTS, 1.4 * MIXED_RATE)
     arrivals = []
     for arrival in questions(random, times, MIXED):
         if random.random() < 0.4:
@@ -208,7 +210,7 @@ def embeddings(seed: int) -> Trace:
 def swap(seed: int) -> Trace:
     """Five models, equally wanted, more than fit anywhere at once."""
     random = Random(f"swap {seed}")
-    times = arrival_times(random, REQUESTS, 0.8 * MIXED_RATE)
+    times = arrival_times(random, REQUESTS, 0.6 * MIXED_RATE)
     models = tuple((model, 1.0) for model in (GEMMA_2B, LLAMA_8B, CODE_7B, SOLAR_11B, LLAMA_13B))
     return Trace("swap", seed, UNLIKE, tuple(questions(random, times, models)))
 
@@ -244,7 +246,8 @@ def saturation(name: str, nodes: int) -> Callable[[int], Trace]:
         random = Random(f"saturation {seed}")
         client = Client("batch", "Work on this:", Lengths(400, 450, 900), Lengths(100, 110, 250))
         arrivals = [ask(random, n, n * 1e-3, client, LLAMA_8B) for n in range(REQUESTS)]
-        return Trace(name, seed, (RTX_3070,) * nodes, tuple(arrivals), equal=True)
+        kinds = (replace(RTX_4090, parallel=1),) * nodes
+        return Trace(name, seed, kinds, tuple(arrivals), equal=True, warm=(LLAMA_8B,))
 
     return make
 
@@ -256,10 +259,10 @@ TRACES: dict[str, Callable[[int], Trace]] = {
     "embeddings": embeddings,
     "swap": swap,
     "contexts": contexts,
-    "slow_node": _with("slow_node", 0.7, (0.3, 0, "slow", 5.0), (0.7, 0, "recover", 1.0)),
-    "fail_fast": _with("fail_fast", 0.7, (0.3, 1, "fail_fast", 1.0), (0.7, 1, "recover", 1.0)),
-    "silent_cpu": _with("silent_cpu", 0.7, (0.3, 1, "lose_gpu", 1.0), (0.8, 1, "recover", 1.0)),
-    "late_join": _with("late_join", 0.7, (0.4, 0, "join", 1.0)),
+    "slow_node": _with("slow_node", 0.75, (0.3, 0, "slow", 5.0), (0.7, 0, "recover", 1.0)),
+    "fail_fast": _with("fail_fast", 0.75, (0.3, 1, "fail_fast", 1.0), (0.7, 1, "recover", 1.0)),
+    "silent_cpu": _with("silent_cpu", 0.75, (0.3, 1, "lose_gpu", 1.0), (0.8, 1, "recover", 1.0)),
+    "late_join": _with("late_join", 0.75, (0.4, 0, "join", 1.0)),
     "equal10": saturation("equal10", 10),
     "equal1": saturation("equal1", 1),
 }

@@ -15,7 +15,7 @@ from tests.fakes.native_api import ANSWER_TURN, embed_texts, find, prompt_of
 from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.scheduler import Busy, LoadFailed
 from tests.sim import virtual
-from tests.sim.fleet import befall, machines_of
+from tests.sim.fleet import befall, machines_of, warm
 from tests.sim.hardware import MODELS
 from tests.sim.trace import PAUSE_S, Arrival, Event, Trace
 
@@ -175,6 +175,7 @@ class World:
         self.agents = [FakeAgent(node) for node in self.nodes]
         for index in trace.late:
             self.nodes[index].reachable = False
+        self.start_s = 0.0  #: of the trace, on the loop's clock: the nodes have loaded what they had loaded
         self._ended: dict[str, asyncio.Event] = {arrival.id: asyncio.Event() for arrival in trace.arrivals}
         self._work: list[list[tuple[float, float]]] = [[] for _ in self.nodes]
 
@@ -182,6 +183,8 @@ class World:
         """Return what became of every request."""
         for node in self.nodes:
             node.scheduler.start()
+        await warm(self.trace, self.nodes)
+        self.start_s = clock_s()
         self.balancer.start(self)
         tasks = [asyncio.create_task(self._befall(event)) for event in self.trace.events]
         try:
@@ -194,11 +197,11 @@ class World:
                 await node.scheduler.stop()
 
     async def _befall(self, event: Event) -> None:
-        await _until(event.at_s)
+        await self._until(event.at_s)
         await befall(event, self.nodes[event.node])
 
     async def _request(self, arrival: Arrival) -> Outcome:
-        await _until(arrival.at_s)
+        await self._until(arrival.at_s)
         if arrival.after is not None and not self._ended[arrival.after].is_set():
             await self._ended[arrival.after].wait()
             await asyncio.sleep(PAUSE_S)
@@ -228,6 +231,9 @@ class World:
         first_s = total_s if request.first_s is None else request.first_s - request.sent_s
         return Outcome(request.arrival, node, first_s, total_s, tokens, failed, request.attempts)
 
+    async def _until(self, at_s: float) -> None:
+        await asyncio.sleep(max(0.0, self.start_s + at_s - clock_s()))
+
     @property
     def loads(self) -> int:
         """How often any model was loaded."""
@@ -246,15 +252,10 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
     return covered_s
 
 
-async def _until(at_s: float) -> None:
-    await asyncio.sleep(max(0.0, at_s - clock_s()))
-
-
 async def _play(trace: Trace, balancer: Balancer, name: str) -> Result:
     world = World(trace, balancer)
     outcomes = await world.play()
-    last_s = max(clock_s(), 1e-9)
-    return Result(trace, name, outcomes, world.loads, last_s, world.busy_s())
+    return Result(trace, name, outcomes, world.loads, clock_s() - world.start_s, world.busy_s())
 
 
 def play(trace: Trace, balancer: Balancer, name: str = "") -> Result:
