@@ -58,9 +58,9 @@ def test_another_text_changes_its_link_and_all_after_it(
 
 @given(texts, texts)
 def test_no_text_passes_for_two(one: str, two: str) -> None:
-    split = chain(messages=[said("user", one), said("user", two)])
-    assert chain(messages=[said("user", f"{one}\0{two}")])[-1] != split[-1]
-    assert chain(messages=[{"role": "user", "content": [one, two]}])[-1] != split[-1]
+    (_, _), (split, _) = chain(messages=[said("user", one), said("user", two)])
+    for joined in (f"{one}user\0{two}", f"{one}\0user\0{two}", [one, two], [one, "user", two]):
+        assert chain(messages=[{"role": "user", "content": joined}])[-1][0] != split
 
 
 @given(messages)
@@ -78,6 +78,7 @@ def test_a_shared_document_is_recognised_whatever_follows(kilobytes: int) -> Non
         chain(prompt=f"{document} Summarize it, and be brief!"),
     )
     shared = common(one, two)
+    assert shared > 0
     assert one[shared - 1][1] >= 0.87 * len(document) / 4
     assert len(one) <= FIRST_LINKS + LAST_LINKS
     assert common(one, chain(prompt=f"-{document}")) == 0
@@ -94,7 +95,8 @@ def test_a_long_chat_has_a_bounded_chain_that_still_grows_at_its_end() -> None:
     turns = [said(("user", "assistant")[i % 2], f"turn {i}") for i in range(500)]
     before, after = chain(messages=turns[:-2]), chain(messages=turns)
     assert len(before) == len(after) == FIRST_LINKS + LAST_LINKS
-    assert before[-1] in after
+    assert before[-1] in after[:-1]
+    assert after[-1][1] == sum(len(turn["content"]) for turn in turns) // 4
     assert before[:FIRST_LINKS] == after[:FIRST_LINKS]
 
 

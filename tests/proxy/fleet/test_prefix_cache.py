@@ -113,6 +113,16 @@ def test_a_slot_at_work_serves_nobody_else_while_another_is_free() -> None:
     assert cache.cached_tokens("m", ALIKE) == 200
 
 
+def test_the_answer_to_another_prompt_is_not_that_to_the_one_that_waits() -> None:
+    cache = PrefixCache()
+    first, waiting = cache.note("m", OTHER, 1), cache.note("m", ONE, 1)
+    assert first is waiting is not None
+    first.ended(OTHER, 50)
+    assert cache.cached_tokens("m", TWO) == 200
+    waiting.ended(ONE, 50)
+    assert cache.cached_tokens("m", TWO) == 250
+
+
 def test_fewer_slots_than_before_hold_less() -> None:
     cache = PrefixCache()
     served(cache, ONE, 2)
@@ -193,7 +203,7 @@ def resident(context: int = 4096, minute: int = 0) -> dict[str, Resident]:
 @pytest.fixture
 def node() -> Node:
     """It has answered the first turn of a conversation."""
-    node = Node("10.0.0.1", 11434)
+    node = Node("10.0.0.1", 11434, parallel=2)
     node.take(ask(ONE), 0.0, 1.0).drop(50)
     node.loaded_with["m"] = ()
     node.holds(resident())
@@ -225,7 +235,6 @@ def test_a_reload_of_ours_loses_what_was_before_and_keeps_what_came_with_it(
     for state in seen:
         node.holds(state)
     assert node.prefixes.cached_tokens("m", TWO) == 0
-    assert node.prefixes.cached_tokens("m", OTHER) == 200
     shared = node.take(ask(OTHER, 8192), 1.5, 1.0, load=True)  # waits for the same load
     for each in (flight, shared):
         each.first_byte_s = 2.0
