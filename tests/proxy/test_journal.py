@@ -90,6 +90,17 @@ def test_an_entry_has_every_candidate_with_its_terms_and_what_they_were_made_of(
     assert AskFeatures.from_row(decision["ask"]) == record.decisions[0].ask
 
 
+def test_what_is_infinite_or_missing_costs_no_entry() -> None:
+    record = finished("a")
+    costs = [Candidate("n:1", cost=float("inf"), terms={"a_s": 1.5, "b_s": float("nan")})]
+    costs += [Candidate("m:1", cost=1e300, terms={"b_s": 2.5}), Candidate("o:1", cost=3.25)]
+    record.decisions = [Decision("score", "n:1", costs, "so it is")]
+    first, second, third = read_again(record)["decisions"][0]["candidates"]
+    assert (first["cost"], first["terms"]) == (None, {"a_s": 1.5})
+    assert (second["cost"], second["terms"]) == (1e300, {"b_s": 2.5})
+    assert (third["cost"], third["terms"]) == (3.25, {})
+
+
 def test_the_client_s_own_name_stands_before_its_address() -> None:
     record = finished("a")
     assert record.ask is not None
@@ -110,7 +121,7 @@ def test_a_line_is_read_by_the_columns_that_it_was_written_under() -> None:
     line = {
         "id": "x",
         "decisions": [
-            {"ask": [9], "terms": ["t"], "candidates": [["n:1", 1.5, [2.5], [], [7, 8]], ["m:1", "is down"]]}
+            {"ask": [9], "terms": ["t"], "candidates": [["n:1", [1.5, 2.5], [], [7, 8]], ["m:1", "is down"]]}
         ],
     }
     (decision,) = unpack(line, Columns(("prompt_tokens",), ("turn", "of_old")))["decisions"]
@@ -160,7 +171,7 @@ async def test_what_earlier_versions_and_a_crash_have_left(tmp_path: Path) -> No
 
 
 async def test_a_line_that_nobody_understands_is_shown_as_it_is(tmp_path: Path) -> None:
-    broken = {"id": "x", "decisions": [{"candidates": [["n", 1, [2], [], [3]]]}], "shard_plan": []}
+    broken = {"id": "x", "decisions": [{"candidates": [["n", [1, 2], [], [3]]]}], "shard_plan": []}
     (tmp_path / "requests.jsonl").write_bytes(orjson.dumps(HEADER) + b"\n" + orjson.dumps(broken))
     journal = Journal(tmp_path)
     assert journal.get("x") == broken
