@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from agent.report import Report, ShardModel
 from proxy_addon.fleet import evidence, hardware, lessons
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 OPTIMISM = 1.5  #: enough to outweigh noise and a small difference in failures, too little to outweigh a load
 MAX_SIZES = 16  #: contexts of which a model's size is kept: clients choose them
+DOUBTFUL = 0.1  #: probability of failure above which a node is tried by ourselves; see probe.py
 LOST_S = 1.0  #: what a failed attempt costs at least: a retry of a limited budget, a cold prefix cache
 
 
@@ -186,6 +187,25 @@ class Speeds:
         """Share of the requests of the node ``name`` that succeed."""
         node = self.nodes.get(name)
         return 1 - (node.outcomes.failure(now_s) if node else PRIOR_FAILURE)
+
+    def doubt(self, name: str, now_s: float) -> Literal["slow", "failing"] | None:
+        """Why the node ``name`` might be better than it is believed to be: it once was."""
+        node = self.nodes.get(name)
+        if node is None:
+            return None
+        if node.outcomes.failure(now_s) > DOUBTFUL:
+            return "failing"
+        return "slow" if any(model.decode_tok_s.fallen for model in node.models.values()) else None
+
+    def has_decoded(self, name: str, key: str) -> bool:
+        """Whether the model ``key`` has generated on the node ``name``."""
+        node = self.nodes.get(name)
+        return node is not None and key in node.models and node.models[key].decode_tok_s.n > 0
+
+    def surprised(self, name: str, key: str) -> bool:
+        """Whether the last answer of the model ``key`` there was far from the expected, or as it once was."""
+        rate = self.nodes[name].models[key].decode_tok_s
+        return rate.odd is not None or not rate.fallen
 
     def _estimate(
         self, name: str, promise: Hardware, key: str, size_bytes: int, prior: ShardModel | None

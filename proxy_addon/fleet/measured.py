@@ -16,6 +16,7 @@ from proxy_addon.fleet.lengths import Histogram
 log = logging.getLogger(__name__)
 
 GAIN = 0.2  #: weight of the newest measurement once there are five
+NOISE_GAIN = 0.1
 SETTLED = 2  #: measurements after which one can be said to be far off
 FAR = math.log(1.5)  #: a smaller deviation is never more than noise
 NOISES = 4.0  #: nor is one of fewer mean deviations
@@ -77,7 +78,7 @@ class Rate:
         else:
             self._was_noise()
             if self.n:
-                self.noise += (abs(off) - self.noise) * GAIN
+                self.noise += (abs(off) - self.noise) * NOISE_GAIN
         self.n += 1
         self._move(off * weight * max(1 / self.n, GAIN) if self.n > 1 else off)
         return 0.0
@@ -126,7 +127,7 @@ class Rate:
     def _was_noise(self) -> None:
         """The measurement before was far off, but was not followed by another like it."""
         if self.odd is not None:
-            self.noise += (abs(self.odd - self.log) - self.noise) * GAIN
+            self.noise += (abs(self.odd - self.log) - self.noise) * NOISE_GAIN
             self.odd = None
 
 
