@@ -16,6 +16,11 @@ WITHIN, SHARE, TENFOLD = 1.2, 0.25, 9.5
 MANY, ONE = "equal10", "equal1"
 
 NONE = "-"
+#: Name in ``docs/img`` → what it shows, in the order of the document.
+PICTURES = {
+    "routing-ratios": "mean and p99 of each balancer on each trace, as multiples of the all-knowing one's",
+    "routing-times": "for each trace the share of requests that take longer than a time",
+}
 
 #: What each trace is, for readers.
 ABOUT = {
@@ -173,7 +178,8 @@ def markdown(table: Table) -> str:
 
 def document(results: Results) -> str:
     """All of it, for the document."""
-    parts = [conditions(results), "### SOLLOL's default policy against its aims", markdown(aims(results))]
+    parts = [conditions(results), *(f"![{text}](img/{name}.png)" for name, text in PICTURES.items())]
+    parts += ["### SOLLOL's default policy against its aims", markdown(aims(results))]
     parts += ["### The first minute", "Mean seconds to the whole answer, of what was sent "
               "when nothing had been learned yet.", markdown(first_minute(results))]  # fmt: skip
     if results.figures(MANY, OWN) and results.figures(ONE, ORACLE):

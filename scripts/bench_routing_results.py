@@ -93,7 +93,7 @@ class Times:
 
 def quantile(ordered: Sequence[float], share: float) -> float:
     """By nearest rank."""
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True)
