@@ -113,12 +113,17 @@ def main() -> None:
             found, speeds = fleet(nodes, busy, rng)
 
             turns = count()
+            asks = [ask(model) for model in range(MODELS)]
 
             def one(
-                policy: str, found: Fleet = found, speeds: Speeds = speeds, turns: count[int] = turns
+                policy: str,
+                found: Fleet = found,
+                speeds: Speeds = speeds,
+                turns: count[int] = turns,
+                asks: list[Ask] = asks,
             ) -> None:
                 turn = next(turns)
-                decide(ask(turn % MODELS), found, speeds, NOW_S + turn * 1e-6, policy)
+                decide(asks[turn % MODELS], found, speeds, NOW_S + turn * 1e-6, policy)
 
             timed(partial(one, "finish_time"), MODELS)
             for policy in POLICIES if load == "idle" else ("finish_time",):

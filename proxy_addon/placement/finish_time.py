@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.scene import Place, Scene
-from proxy_addon.placement.survey import cached_tokens
 
 WORK_LOST = 0.5  #: share of the work that is done when an attempt fails
 NEIGHBOURS = 1.0  #: what a second of others counts
@@ -53,7 +52,7 @@ class FinishTime:
         key, prefix = scene.ask.key, scene.ask.prefix
         prompt, output = scene.features.prompt_tokens, scene.features.output_tokens
         return [
-            (prompt if not prefix else max(prompt - cached_tokens(scene.ask, place), 0.0))
+            (prompt if not prefix else max(prompt - place.node.prefixes.cached_tokens(key, prefix), 0.0))
             * place.s_per_prompt_token
             + output * place.s_per_output_token
             + (0.0 if key in place.node.in_use else place.absent_load_s)

@@ -37,16 +37,18 @@ NO_EXCLUSIONS: Mapping[str, str] = MappingProxyType({})
 TOO_GOOD = "has more GPU memory than embeddings are given while another node can serve them"
 
 
-def choose(policy: str, ask: AskFeatures, rows: Sequence[Features]) -> int | None:
-    """The index of the row that wins; None without any. Equally good nodes take turns.
+def choose(policy: str, ask: AskFeatures, rows: Sequence[Features]) -> int:
+    """The index of the row that wins; equally good nodes take turns.
 
-    Raises KeyError for an unknown policy.
+    Raises KeyError for an unknown policy, ValueError without rows.
     """
-    cost, best, chosen = POLICIES[policy].cost, (float("inf"), 0), None
+    if not rows:
+        raise ValueError("nobody to choose from")
+    cost, lowest, chosen = POLICIES[policy].cost, float("inf"), 0
     for index, row in enumerate(rows):
-        rank = cost(ask, row), row.turn
-        if chosen is None or rank < best:
-            best, chosen = rank, index
+        found = cost(ask, row)
+        if found < lowest or (found == lowest and row.turn < rows[chosen].turn):
+            lowest, chosen = found, index
     return chosen
 
 
@@ -170,7 +172,9 @@ def _among(
         view.best_s_per_output_token,
         rules.specialise_factor,
     )
-    scene = Scene(ask, asked, speeds, now_s, view.second_s, 1 if embeds else None, shape, seen)
+    slots = 1 if embeds else None
+    wanted = ask.reload_key, ask.num_ctx, slots
+    scene = Scene(ask, asked, speeds, now_s, view.second_s, slots, shape, seen, wanted)
     search = _Search(scene, view, fleet, how, excluded)
     places = able.places
     awaits, diverted = tuple(able.awaited), ""
@@ -179,13 +183,13 @@ def _among(
         places, awaits, diverted = found.places, found.awaited, found.why
         search.out += found.out
     _search(search, places, rules, rules.embeddings_max_vram_bytes)
-    chosen = choose(policy, asked, search.rows)
-    if chosen is None:
+    if not search.rows:
         why = _nobody(ask, fleet, search.out)
         return Decision.by(policy, how, asked, (), None, search.out, why, awaits)
     remark = f"; {diverted}" if diverted else ""
     if search.left:
         remark += f"; {search.left} more nodes cannot be better"
+    chosen = choose(policy, asked, search.rows)
     return Decision.by(policy, how, asked, search.rows, chosen, search.out, remark)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from agent.report import Model, Report, Resident, ShardModel
-from proxy_addon.ask import Ask
+from proxy_addon.ask import Ask, ReloadKey
 from proxy_addon.fleet.learning import Estimate, Machine, Speeds
 from proxy_addon.fleet.node import Node
 from proxy_addon.placement.features import AskFeatures, Features
@@ -81,13 +81,16 @@ class Place:
 
 @dataclass(slots=True)
 class Starts:
-    """How a place would get to serve a request: what that was worked out from, and what it costs others."""
+    """How a place would get to serve a request, what that was worked out from, and what follows from it."""
 
-    wanted: tuple[object, ...]  #: of the request: what a runner is loaded for
+    wanted: tuple[object, ...]  #: see :class:`Scene`
+    sent: ReloadKey | None  #: what the runner was loaded for
     start: Start | str
     room: tuple[object, ...] | None = None  #: what else decides; None where a runner need not be loaded
     priced_s: float | None = None  #: the second in which ``evict_s`` was worked out
     evict_s: float = 0.0
+    idle_row: Features | None = None  #: while nothing is in flight there
+    idle_s: float = -1.0  #: the second of which that is
 
 
 @dataclass(slots=True)
@@ -102,6 +105,7 @@ class Scene:
     slots: int | None  #: that every runner has for such a request; None: as many as it has
     shape: ModelShape | None
     seen: Mapping[int, float]
+    wanted: tuple[object, ...]  #: of the request, what decides which runner can serve it
     outside: bool = False  #: the places looked at are not those that are set to do this kind
 
 

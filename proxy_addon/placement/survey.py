@@ -12,7 +12,7 @@ from proxy_addon.fleet.node import Node
 from proxy_addon.placement.features import Features
 from proxy_addon.placement.runner import Start, loading, start
 from proxy_addon.placement.scene import Place, Scene, Starts
-from proxy_addon.placement.waits import free_s, left_s, load_left_s, remaining_s
+from proxy_addon.placement.waits import drained_s, free_s, left_s, load_left_s
 
 KEPT_S = 300.0  #: Ollama's default keep_alive: so long a model would stay if it were not evicted
 UNKNOWN_IS_WANTED = 0.5  #: probability that a model is wanted again that nobody has asked this proxy for
@@ -20,17 +20,31 @@ UNKNOWN_IS_WANTED = 0.5  #: probability that a model is wanted again that nobody
 
 def features(scene: Scene, place: Place) -> Features | str:
     """What a policy reads of the node at ``place``, or the reason why it cannot serve the request."""
-    node, ask, name, estimate = place.node, scene.ask, place.name, place.estimate
+    node, ask, second_s = place.node, scene.ask, scene.second_s
     starts = _starts(scene, place)
     begin = starts.start
     if isinstance(begin, str):
         return begin
     flights = node.flights
-    wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
-    beside, runners, slow, added, work_s = 0, 0, 1.0, 0.0, 0.0
-    offload = 1.0
+    cached = node.prefixes.cached_tokens(ask.key, ask.prefix) if ask.prefix else 0
+    row = starts.idle_row
+    if (
+        row is not None
+        and not flights
+        and starts.idle_s == second_s
+        and row.turn == node.turn
+        and row.cached_tokens == cached
+        and row.outside is scene.outside
+        and row.poll_latency_s == node.poll_latency_s
+        and row.priority == node.priority
+        and not node.preferred_tasks
+    ):
+        return row
+    offload, estimate = 1.0, place.estimate
     if begin.gpu_share < 1:
         offload = hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
+    wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
+    beside, runners, slow, added, work_s = 0, 0, 1.0, 0.0, 0.0
     if flights:
         slots = scene.slots or place.slots
         mine = node.in_use.get(ask.key, 0)
@@ -49,11 +63,11 @@ def features(scene: Scene, place: Place) -> Features | str:
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
     evict_s = 0.0
     if begin.evicts or begin.replaces:
-        if starts.priced_s != scene.second_s:
-            starts.priced_s, starts.evict_s = scene.second_s, _evict_s(scene, place, begin)
+        if starts.priced_s != second_s:
+            starts.priced_s, starts.evict_s = second_s, _evict_s(scene, place, begin)
         evict_s = starts.evict_s
-    return Features(
-        name,
+    row = Features(
+        place.name,
         wait_s,
         load_s,
         place.s_per_prompt_token,
@@ -65,9 +79,9 @@ def features(scene: Scene, place: Place) -> Features | str:
         slow,
         added,
         work_s,
-        cached_tokens(ask, place) if ask.prefix else 0.0,
+        cached,
         evict_s,
-        place.success_rate_at(scene.second_s, scene.speeds),
+        place.success_rate_at(second_s, scene.speeds),
         place.lost_s,
         len(flights),
         node.parallel,
@@ -80,6 +94,9 @@ def features(scene: Scene, place: Place) -> Features | str:
         scene.outside,
         begin.notes,
     )
+    if not flights:
+        starts.idle_row, starts.idle_s = row, second_s
+    return row
 
 
 def prefers(node: Node, ask: Ask) -> bool:
@@ -87,23 +104,16 @@ def prefers(node: Node, ask: Ask) -> bool:
     return ask.kind in node.preferred_tasks or str(ask.task) in node.preferred_tasks
 
 
-def cached_tokens(ask: Ask, place: Place) -> float:
-    """Tokens of the prompt that are expected in the node's prefix cache."""
-    return float(place.node.prefixes.cached_tokens(ask.key, ask.prefix))
-
-
 def _starts(scene: Scene, place: Place) -> Starts:
     """How the node would get to serve the request, from memory where nothing that matters has changed."""
-    node, ask = place.node, scene.ask
-    key, flights = ask.key, node.flights
-    if flights:
-        if node.loads and any(flight.load and flight.first_byte_s is None for flight in flights):
-            return Starts((), _start(scene, place))  # a load under way changes all the time
+    node, key = place.node, scene.ask.key
+    if node.flights:
+        if node.loads and any(flight.load and flight.first_byte_s is None for flight in node.flights):
+            return Starts((), None, _start(scene, place))  # a load under way changes all the time
         if place.resident is None and key in node.in_use:
             return IN_USE
-    wanted = (ask.reload_key, ask.num_ctx, node.loaded_with.get(key), scene.slots)
-    known = place.starts
-    if known is not None and known.wanted == wanted:
+    known, sent = place.starts, node.loaded_with.get(key)
+    if known is not None and known.sent == sent and known.wanted == scene.wanted:
         room = known.room
         if room is None or (
             room[0] is scene.shape
@@ -115,7 +125,7 @@ def _starts(scene: Scene, place: Place) -> Starts:
     begin = _start(scene, place)
     needs_room = isinstance(begin, str) or begin.loads
     room = (scene.shape, scene.seen, dict(node.resident), set(node.in_use)) if needs_room else None
-    place.starts = Starts(wanted, begin, room)
+    place.starts = Starts(scene.wanted, sent, begin, room)
     return place.starts
 
 
@@ -124,18 +134,17 @@ def _start(scene: Scene, place: Place) -> Start | str:
     return start(place.node, scene.ask, place.row, place.room, slots, scene.shape, scene.seen, place.sharded)
 
 
-IN_USE = Starts((), Start(notes=("in use there",)))  #: it was loaded since the last poll
+IN_USE = Starts((), None, Start(notes=("in use there",)))  #: it was loaded since the last poll
 
 
 def _load_wait_s(scene: Scene, place: Place, begin: Start) -> float:
     """Loads before ours, and the requests of those models that must make room; both at the same time."""
     node, now_s = place.node, scene.now_s
-    waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)] if node.loads else []
-    for model in begin.drains:
-        if model in node.in_use:
-            slots = max(node.parallel, 1)
-            waits.append(max(free_s(node.flights, model, slots, lambda f: remaining_s(f, now_s))))
-    return max(waits, default=0.0)
+    wait_s = drained_s(node, begin.drains, now_s)
+    if node.loads:
+        waits = [load_left_s(flight, now_s) for flight in loading(node, place.room)]
+        wait_s = max(wait_s, *waits) if waits else wait_s
+    return wait_s
 
 
 def _evict_s(scene: Scene, place: Place, begin: Start) -> float:

@@ -286,7 +286,7 @@ def test_leaving_out_who_cannot_win_never_changes_the_choice(
     costs = {c.node: c.cost for c in whole.candidates}
     places = look("m", fleet, speeds, NOW_S).able.places
     assert whole.ask is not None
-    scene = Scene(ask(), whole.ask, speeds, NOW_S, NOW_S, None, None, NOTHING_SEEN)
+    scene = Scene(ask(), whole.ask, speeds, NOW_S, NOW_S, None, None, NOTHING_SEEN, ())
     bounds = policies.POLICIES[policy].bounds(scene, places)
     assert all(b <= costs[p.name] + 1e-9 for b, p in zip(bounds, places, strict=True))
     with pytest.MonkeyPatch.context() as patch:
