@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from mitmproxy import http
 
 from agent.ollama import names
 from proxy_addon.fleet.node import Node
-from proxy_addon.placement.diversion import Diversion
+from proxy_addon.placement.rules import Rules
 from proxy_addon.record import Record
 from proxy_addon.replicas import snapshot
 from proxy_addon.replicas.actions import Action, Keep, Load
@@ -32,24 +32,24 @@ LOOK_EVERY_S = 0.1
 SERVICE_GAIN = 0.1  #: of one request in what is expected of the next
 KIND = "replica"  #: of the notes in the journal
 
-NO_LINE: Mapping[str, int] = {}
+NO_LINE: tuple[tuple[str, float], ...] = ()
 
 
 class Keeper:
     """Keeps pinned models in memory and, where ``replicas`` is ``auto``, hot models on several nodes.
 
-    ``note`` writes to the journal, ``count`` counts an action by its name, ``waiting`` says how many requests
-    of each model (canonical name) wait in the proxy's own line.
+    ``note`` writes to the journal, ``count`` counts an action by its name, ``waiting`` tells of
+    each request in the proxy's own line its model (canonical name) and how long it has waited.
     """
 
     def __init__(
         self,
         hands: Hands,
-        rules: Diversion,
+        rules: Rules,
         now: Callable[[], float],
         note: Callable[[str, dict[str, Any]], object],
         count: Callable[[str], None],
-        waiting: Callable[[], Mapping[str, int]] = lambda: NO_LINE,
+        waiting: Callable[[], Iterable[tuple[str, float]]] = lambda: NO_LINE,
     ) -> None:
         self.hands, self.rules = hands, rules
         self.fleet, self.speeds, self.settings = hands.fleet, hands.speeds, hands.settings

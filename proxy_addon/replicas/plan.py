@@ -1,7 +1,8 @@
 """Which model gets another runner and which replica is given up: pure, on plain numbers, time passed in.
 
-A model is pressed while a request for it would wait longer than ``pressure_s`` for a slot: as things stand,
-or as its demand makes likely (Erlang C), whichever is longer. The second shows before a queue has grown.
+A model is pressed while requests for it wait longer than ``pressure_s`` for a slot: as things stand, or as
+its demand makes likely (Erlang C), whichever is longer. The second shows before a queue has grown; it counts
+only where requests have met at all of late, for one user who asks without a pause keeps nobody waiting.
 Pressed for ``sustain_s``, it is loaded on the node that serves it best, unless what must go there is wanted
 more. A replica that we made ourselves is given up after ``idle_s`` without use, if the others are calm
 without it. Two changes to one model, or to one node, are ``cooldown_s`` apart: with that, the time that a
@@ -32,8 +33,8 @@ class Runner:
     waited_s: float = 0.0  #: that the first of the requests beyond its slots has waited already
 
     def wait_s(self, service_s: float) -> float:
-        """Seconds that one more request waits for a slot, if each keeps it for ``service_s``."""
-        return max(self.waited_s, max(self.in_flight - self.slots + 1, 0) * service_s / self.slots)
+        """Seconds that the last request there waits for a slot, if each keeps it for ``service_s``."""
+        return max(self.waited_s, max(self.in_flight - self.slots, 0) * service_s / self.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Wanted:
 
     rate_per_s: float
     service_s: float  #: that a request keeps a slot
-    wait_s: float  #: that a request would wait for a slot, as things stand
+    wait_s: float  #: that requests wait for a slot, as things stand; 0 where none does
     runners: tuple[Runner, ...] = ()
     places: tuple[Place, ...] = ()
 
@@ -70,6 +71,7 @@ class State:
     pressed_since_s: Mapping[str, float] = field(default_factory=dict)  #: by model
     used_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     #: (model, node) of each replica that we made → when it was last in use
+    met_s: Mapping[str, float] = field(default_factory=dict)  #: by model: when a request last had to wait
     model_changed_s: Mapping[str, float] = field(default_factory=dict)
     node_changed_s: Mapping[str, float] = field(default_factory=dict)
 
@@ -83,13 +85,13 @@ class Plan:
     next_s: float = math.inf
 
 
-def pressure_s(wanted: Wanted, slots: int | None = None) -> float:
-    """Seconds that a request waits for a slot: likely by demand (M/M/c), or now; inf where it never ends."""
+def expected_wait_s(wanted: Wanted, slots: int | None = None) -> float:
+    """Seconds that a request waits for a slot, likely by its demand (M/M/c); inf where ever longer."""
     slots = wanted.slots if slots is None else slots
     offered = wanted.rate_per_s * wanted.service_s
     if offered >= slots:
         return math.inf
-    return max(wanted.wait_s, erlang_c(offered, slots) * wanted.service_s / (slots - offered))
+    return erlang_c(offered, slots) * wanted.service_s / (slots - offered)
 
 
 def erlang_c(offered: float, slots: int) -> float:
@@ -125,7 +127,15 @@ class _Planner:
         now_s: float,
     ) -> None:
         self.models, self.pinned, self.rules, self.now_s = models, pinned, rules, now_s
-        self.pressure = {key: pressure_s(wanted) for key, wanted in models.items() if wanted.runners}
+        met_s = {key: now_s if wanted.wait_s > 0 else state.met_s.get(key) for key, wanted in models.items()}
+        self.met_s = {
+            key: at_s for key, at_s in met_s.items() if at_s is not None and now_s - at_s < rules.idle_s
+        }
+        self.pressure = {
+            key: max(wanted.wait_s, expected_wait_s(wanted) if key in self.met_s else 0.0)
+            for key, wanted in models.items()
+            if wanted.runners
+        }
         self.since_s = {
             key: state.pressed_since_s.get(key, now_s)
             for key, waits_s in self.pressure.items()
@@ -137,7 +147,7 @@ class _Planner:
 
     def state(self) -> State:
         """What to remember."""
-        return State(self.since_s, self.used_s, self.model_changed_s, self.node_changed_s)
+        return State(self.since_s, self.used_s, self.met_s, self.model_changed_s, self.node_changed_s)
 
     def next_s(self) -> float:
         """When something becomes due by the mere course of time."""
@@ -162,7 +172,7 @@ class _Planner:
             if (
                 idle_s >= self.rules.idle_s
                 and rest > 0
-                and pressure_s(wanted, rest) < CALM * self.rules.pressure_s
+                and max(wanted.wait_s, expected_wait_s(wanted, rest)) < CALM * self.rules.pressure_s
                 and key not in self.pinned.get(node, ())
                 and self._settled(key, node)
             ):

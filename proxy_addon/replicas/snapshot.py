@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,13 +13,13 @@ from proxy_addon.endpoints import match
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.learning import Estimate, Speeds
 from proxy_addon.fleet.node import Fleet, Node
-from proxy_addon.placement.diversion import Diversion
 from proxy_addon.placement.memory import shape_of
 from proxy_addon.placement.policies import decide
+from proxy_addon.placement.rules import Rules
 from proxy_addon.placement.runner import Start, slots_of, start
 from proxy_addon.placement.view import unable
 from proxy_addon.replicas.pins import Past, Pin, Stand
-from proxy_addon.replicas.plan import Place, Runner, Wanted, pressure_s
+from proxy_addon.replicas.plan import Place, Runner, Wanted, expected_wait_s
 
 GENERATE = "/api/generate"
 ELSEWHERE = "is not the node that it is pinned to"
@@ -58,20 +58,23 @@ def options_there(node: Node, key: str) -> dict[str, Any]:
 def wanted(
     fleet: Fleet,
     speeds: Speeds,
-    rules: Diversion,
+    rules: Rules,
     service_s: Mapping[str, float],
-    waiting: Mapping[str, int],
+    waiting: Iterable[tuple[str, float]],
     limit_s: float,
     now_s: float,
     busy: Collection[str] = (),
 ) -> dict[str, Wanted]:
     """Every model that is in some node's memory, or on its way there, by canonical name.
 
-    ``service_s`` says how long a request of a model keeps a slot, ``waiting`` how many wait in the proxy's
-    own line. Where a model could be loaded besides is worked out only if its pressure is above ``limit_s``;
-    not on the nodes that are ``busy`` with a change.
+    ``service_s`` says how long a request of a model keeps a slot; ``waiting`` has the model of each request
+    in the proxy's own line, and how long it has waited. Where a model could be loaded besides is worked out
+    only if its pressure is above ``limit_s``; not on the nodes that are ``busy`` with a change.
     """
     at: dict[str, list[Node]] = {}
+    in_line: dict[str, list[float]] = {}
+    for key, waited_s in waiting:
+        in_line.setdefault(key, []).append(waited_s)
     for node in fleet.up(now_s):
         if not node.coordinator:
             for key in {*node.resident, *(flight.ask.key for flight in node.flights)}:
@@ -82,9 +85,10 @@ def wanted(
         runners = tuple(_runner(node, key, now_s) for node in nodes)
         each_s = service_s.get(key) or _expected_service_s(nodes, key)
         wait_s = min(runner.wait_s(each_s) for runner in runners)
-        wait_s += waiting.get(key, 0) * each_s / sum(runner.slots for runner in runners)
+        if line := in_line.get(key):
+            wait_s = max(wait_s + len(line) * each_s / sum(r.slots for r in runners), *line)
         model = Wanted(speeds.demand.rate_per_s(key, None, now_s), each_s, wait_s, runners)
-        if pressure_s(model) > limit_s:
+        if max(wait_s, expected_wait_s(model)) > limit_s:
             there = {node.name for node in nodes}
             places = tuple(_places(key, fleet, speeds, rules, each_s, now_s, there, busy))
             model = Wanted(model.rate_per_s, each_s, wait_s, runners, places)
@@ -97,7 +101,7 @@ def stand(
     past: Past,
     fleet: Fleet,
     speeds: Speeds,
-    rules: Diversion,
+    rules: Rules,
     acting: Collection[tuple[str, str]],
     now_s: float,
 ) -> Stand:
@@ -157,7 +161,7 @@ def _places(
     key: str,
     fleet: Fleet,
     speeds: Speeds,
-    rules: Diversion,
+    rules: Rules,
     service_s: float,
     now_s: float,
     there: Collection[str],

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy_addon.replicas.actions import Action, Load
-from proxy_addon.replicas.plan import Place, Plan, Runner, State, Wanted, erlang_c, plan, pressure_s
+from proxy_addon.replicas.plan import Place, Plan, Runner, State, Wanted, erlang_c, expected_wait_s, plan
 from proxy_addon.settings import Replicas
 
 RULES = Replicas(pressure_s=2, sustain_s=10, idle_s=300, cooldown_s=60)
-HOT = Wanted(0.9, 1.0, 0.0, (Runner("a", in_flight=1),), (Place("b", 1.0), Place("c", 1.0)))
+HOT = Wanted(0.9, 1.0, 0.1, (Runner("a", in_flight=1),), (Place("b", 1.0), Place("c", 1.0)))
 
 
 def plans(
@@ -38,18 +38,27 @@ def what(actions: Iterable[Action]) -> list[tuple[str, str, str]]:
 
 def test_the_expected_wait_is_that_of_queueing_theory() -> None:
     # One server: rho / (1 - rho) services. Two servers at half load: C = 1/3.
-    assert pressure_s(Wanted(0.9, 1.0, 0.0, (Runner("a"),))) == pytest.approx(9)
+    assert expected_wait_s(Wanted(0.9, 1.0, 0.0, (Runner("a"),))) == pytest.approx(9)
     assert erlang_c(1.0, 2) == pytest.approx(1 / 3)
-    assert pressure_s(Wanted(1.0, 1.0, 0.0, (Runner("a", slots=2),))) == pytest.approx(1 / 3)
-    assert pressure_s(Wanted(2.0, 1.0, 0.0, (Runner("a", slots=2),))) == math.inf
+    assert expected_wait_s(Wanted(1.0, 1.0, 0.0, (Runner("a", slots=2),))) == pytest.approx(1 / 3)
+    assert expected_wait_s(Wanted(2.0, 1.0, 0.0, (Runner("a", slots=2),))) == math.inf
 
 
 def test_the_present_wait_counts_where_demand_does_not_show_it_yet() -> None:
-    assert pressure_s(Wanted(0.01, 1.0, 7.0, (Runner("a"),))) == 7
-    assert Runner("a", slots=2, in_flight=1).wait_s(4) == 0
-    assert Runner("a", slots=2, in_flight=2).wait_s(4) == 2  # the first of two to end
-    assert Runner("a", slots=1, in_flight=3).wait_s(4) == 12
+    made = plans({"m": replace(HOT, rate_per_s=0.01, wait_s=7.0)}, (0, 10))
+    assert "a request waits 7.0 s" in made.actions[0].reason
+    assert Runner("a", slots=2, in_flight=2).wait_s(4) == 0
+    assert Runner("a", slots=2, in_flight=3).wait_s(4) == 2  # the first of two to end
+    assert Runner("a", slots=1, in_flight=3).wait_s(4) == 8
     assert Runner("a", slots=1, in_flight=2, waited_s=50).wait_s(4) == 50  # all take longer than expected
+
+
+def test_one_user_who_asks_without_a_pause_needs_no_second_runner() -> None:
+    alone = replace(HOT, rate_per_s=1.0, wait_s=0.0)
+    state = plans({"m": alone}, (0, 10, 1000)).state
+    assert what(plans({"m": replace(alone, wait_s=0.1)}, (1001, 1011), state).actions) == [("load", "m", "b")]
+    state = plans({"m": replace(alone, wait_s=0.1)}, (1001,), state).state
+    assert not plans({"m": alone}, (1301, 1400), state).actions  # it has been long since two have met
 
 
 def test_a_wait_that_grows_is_looked_at_when_it_may_be_too_long() -> None:
@@ -208,7 +217,7 @@ class World:
         return Wanted(
             rate,
             1.0,
-            max(rate - len(there), 0.0),
+            max(rate - len(there), 0.1 if rate > 0.3 else 0.0),
             tuple(Runner(node, in_flight=busy) for node in there),
             tuple(Place(node, 1.0, evicts=self._evicts(node)) for node in self.nodes if node not in there),
         )
