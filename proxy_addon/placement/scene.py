@@ -89,8 +89,8 @@ class Starts:
     room: tuple[object, ...] | None = None  #: what else decides; None where a runner need not be loaded
     priced_s: float | None = None  #: the second in which ``evict_s`` was worked out
     evict_s: float = 0.0
-    idle_row: Features | None = None  #: while nothing is in flight there
-    idle_s: float = -1.0  #: the second of which that is
+    row: Features | None = None  #: the last features, where nothing in them runs down with time
+    row_s: float = -1.0  #: the second of which they are
 
 
 @dataclass(slots=True)

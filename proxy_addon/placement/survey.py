@@ -27,12 +27,12 @@ def features(scene: Scene, place: Place) -> Features | str:
         return begin
     flights = node.flights
     cached = node.prefixes.cached_tokens(ask.key, ask.prefix) if ask.prefix else 0
-    row = starts.idle_row
+    row = starts.row
     if (
         row is not None
-        and not flights
-        and starts.idle_s == second_s
-        and row.turn == node.turn
+        and starts.row_s == second_s
+        and row.turn == node.turn  # it grows with each request that comes, and
+        and row.in_flight == len(flights)  # between two of them requests only go
         and row.cached_tokens == cached
         and row.outside is scene.outside
         and row.poll_latency_s == node.poll_latency_s
@@ -44,6 +44,7 @@ def features(scene: Scene, place: Place) -> Features | str:
     if begin.gpu_share < 1:
         offload = hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
     wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
+    waits = bool(node.loads)
     beside, runners, slow, added, work_s = 0, 0, 1.0, 0.0, 0.0
     if flights:
         slots = scene.slots or place.slots
@@ -56,10 +57,12 @@ def features(scene: Scene, place: Place) -> Features | str:
         if mine >= slots or (mine and begin.loads):
             token_s = place.s_per_output_token * offload * slow
             ends = free_s(flights, ask.key, slots, lambda flight: left_s(flight, scene, token_s))
+            waits = True
             wait_s = max(ends) if begin.loads and begin.loading is None else min(ends)
         if begin.loading is not None:
             load_s = load_left_s(begin.loading, scene.now_s)
-        elif begin.loads and (begin.drains or node.loads):
+        elif begin.loads and (waits or not node.in_use.keys().isdisjoint(begin.drains)):
+            waits = True
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
     evict_s = 0.0
     if begin.evicts or begin.replaces:
@@ -94,8 +97,8 @@ def features(scene: Scene, place: Place) -> Features | str:
         scene.outside,
         begin.notes,
     )
-    if not flights:
-        starts.idle_row, starts.idle_s = row, second_s
+    if not waits and starts is place.starts:
+        starts.row, starts.row_s = row, second_s
     return row
 
 
