@@ -1,8 +1,8 @@
 """Work in flight that is late makes its node look slow before it has ended: it may take long to end.
 
 Late is a first byte that takes three times as long as was expected, and an answer that has streamed for
-longer than 99 of 100 would take. What is explained by something else, a load or another answer before it in
-the node's own line, is not held against the node.
+half as long again as 99 of 100 would take. What is explained by something else, a load or another answer
+before it in the node's own line, is not held against the node.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LATE = 3.0
 SHORTEST_S = 1.0  #: shorter expectations count as so long: a busy network or event loop is no slow node
 SURE = 0.99
+TOO_LONG = 1.5  #: times longer than 99 of 100: tokens' times and lengths are known to a few tens of percent
 MOST = 20.0  #: more than so many times slower than expected changes no decision any more
 
 
@@ -37,7 +38,8 @@ def overrun(node: Node, speeds: Speeds, now_s: float) -> float:
     for flight in flights:
         if flight.first_byte_s is not None and flight.ask.stream:
             streams = True
-            worst = max(worst, (now_s - flight.first_byte_s) / max(_of(flight, speeds).answer_s, SHORTEST_S))
+            longer = (now_s - flight.first_byte_s) / max(_of(flight, speeds).answer_s, SHORTEST_S)
+            worst = max(worst, longer if longer >= TOO_LONG else 1.0)
     if not streams:
         oldest = min(flights, key=lambda flight: flight.started_s)
         worst = _silent(oldest, speeds, now_s)
