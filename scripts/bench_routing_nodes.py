@@ -43,7 +43,6 @@ class Stage:
     def __init__(self, fleet: SimFleet) -> None:
         self._fleet = fleet
         self._befalling: set[asyncio.Task[None]] = set()
-        self._warm = [0] * len(fleet.nodes)
         for node in fleet.nodes:
             node.spec.token_batch = TOKEN_BATCH
             node.server.received = deque()
@@ -56,8 +55,7 @@ class Stage:
         return app
 
     async def begin(self, _: web.Request) -> web.Response:
-        """The trace begins now: what befalls the nodes is counted from here, and so are loads."""
-        self._warm = [len(node.scheduler.loads) for node in self._fleet.nodes]
+        """The trace begins now: what befalls the nodes is counted from here."""
         for event in self._fleet.trace.events:
             self._befalling.add(asyncio.create_task(self._befall(event)))
         return web.Response()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from bench_routing_report import MANY, ONE, WITHIN
@@ -13,6 +14,7 @@ from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 IMAGES = ROOT / "docs" / "img"
 #: Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers for those who print.
@@ -34,7 +36,7 @@ LEGEND_INCHES = 0.55
 FOREVER_S = 1e9
 COLUMNS = 3
 DPI = 140
-LOOK = {
+LOOK: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -156,7 +158,7 @@ def _ratio(results: Results, trace: str, name: str, what: str) -> float:
     return float(getattr(own.total, what) / getattr(best.total, what))
 
 
-def _finish(figure: plt.Figure, axis: Axes, height: float, name: str) -> None:
+def _finish(figure: Figure, axis: Axes, height: float, name: str) -> None:
     """Set one legend for all below, and write the picture."""
     handles, labels = axis.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))

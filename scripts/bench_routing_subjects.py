@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
-CONNECT_S, CHECK_S, FAIL_S = 2.0, 2.0, 10.0  #: SOLLOL's default; HAProxy's and nginx's defaults
+#: SOLLOL's default for all that can be told; HAProxy's, for Envoy too, which has none; nginx's.
+CONNECT_S, CHECK_S, FAIL_S = 2.0, 2.0, 10.0
 OUTLIER_INTERVAL_S, EJECTION_S = 10.0, 30.0  #: Envoy's defaults
 
 
@@ -89,7 +90,12 @@ def envoy(nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list
     places = [node.address.rsplit(":", 1) for node in nodes]
     hosts = [{"socket_address": {"address": host, "port_value": int(own)}} for host, own in places]
     servers = "\n".join(f"{' ' * 14}- {json.dumps({'endpoint': {'address': host}})}" for host in hosts)
-    times = {"connect_s": CONNECT_S, "outlier_interval_s": OUTLIER_INTERVAL_S, "ejection_s": EJECTION_S}
+    times = {
+        "connect_s": CONNECT_S,
+        "check_s": CHECK_S,
+        "outlier_interval_s": OUTLIER_INTERVAL_S,
+        "ejection_s": EJECTION_S,
+    }
     scaled = {name: f"{seconds / speed:.3f}" for name, seconds in times.items()}
     file = filled("envoy.yaml", folder, servers=servers, port=port, **scaled)
     quiet = ["--log-level", "warn", "--disable-hot-restart", "--concurrency", "1"]
