@@ -38,6 +38,7 @@ class Admin:
             "/api/dashboard": lambda _: _json(views.dashboard(fleet, telemetry, dispatch.now())),
             "/sollol/status": self._status,
             "/sollol/nodes": lambda _: _json({"nodes": views.nodes(fleet, telemetry, dispatch.now())}),
+            "/sollol/queue": self._queue,
             "/sollol/decisions": self._decisions,
             "/sollol/healthz": self._healthz,
         }
@@ -67,6 +68,9 @@ class Admin:
     def _status(self, _: http.Request) -> http.Response:
         policy = self.dispatch.settings.placement
         return _json(views.status(self.fleet, self.telemetry, policy, self.dispatch.now()))
+
+    def _queue(self, _: http.Request) -> http.Response:
+        return _json({"queue": views.queue(self.dispatch.admission.standings())})
 
     def _healthz(self, _: http.Request) -> http.Response:
         """503 where no node can serve, so that a balancer before several proxies goes elsewhere."""

@@ -66,7 +66,7 @@ class Answer:
 
 
 def mark(response: http.Response, rec: Record) -> None:
-    """The headers that every answer carries: which request this was, where it went, after how many tries."""
+    """The headers of every answer: which request it was, where it went, after what tries and wait."""
     response.headers["x-sollol-request-id"] = rec.id
     if rec.attempts and rec.placed:
         response.headers["x-sollol-node"] = rec.attempts[-1].node
@@ -74,3 +74,7 @@ def mark(response: http.Response, rec: Record) -> None:
     if rec.decisions and rec.decisions[-1].node is not None:
         response.headers["x-sollol-policy"] = rec.decisions[-1].policy
         response.headers["x-sollol-expected-s"] = f"{rec.decisions[-1].expected_s:.3f}"
+    if rec.queue_position is not None:
+        response.headers["x-sollol-queue-wait"] = f"{rec.queued_s or 0.0:.3f}"
+        response.headers["x-sollol-queue-position"] = str(rec.queue_position)
+        response.headers["x-sollol-queue-expected-wait"] = f"{rec.expected_wait_s or 0.0:.3f}"

@@ -1,14 +1,16 @@
 """The addons, in the order in which a request meets them: the map of the house.
 
-    client ──► Intake ─ Guard ─ Understand ─ Admin ─ OneServer ─ Route ──► node
-                 │        │         │          │         │         │
-              record   may it?  what is it?  ours?   the fleet's  decide, point
-                                                                    │
+    client ──► Intake ─ Guard ─ Admin ─ Understand ─ Door ─── OneServer ─── Route ──► node
+                 │        │       │         │          │          │           │
+              record   may it?  ours?  what is it?  how urgent?  the fleet's  wait in line,
+                                                                              decide, point
+                                                                              │
     client ◄── Answer ◄── (Failover: another node, while nothing was sent) ◄── node
                  └─► Epilogue: learning, journal, metrics
 
-Everything that decides is a pure function elsewhere (``placement/``, ``retry.py``, ``relay.py``,
-``access.py``, ``one_server/catalog.py``); everything that must act on bytes is in ``http_stream.py``.
+Everything that decides is a pure function elsewhere (``placement/``, ``admission/line.py``, ``retry.py``,
+``relay.py``, ``access.py``, ``one_server/catalog.py``); everything that must act on bytes is in
+``http_stream.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from mitmproxy.addonmanager import Loader
 
 from agent import notify
 from proxy_addon.admin import Admin
+from proxy_addon.admission.addon import Door
 from proxy_addon.answer import Answer
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.drain import Drain
@@ -101,7 +104,8 @@ class Sollol:
         guard = Guard(settings, self.fleet)
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
         self.discovery = Discovery(self.fleet, settings)
-        self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp)
+        self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp, self.telemetry.refused)
+        self.telemetry.depth = self.dispatch.admission.line.depth
         hands = Hands(
             self.fleet,
             self.speeds,
@@ -127,7 +131,7 @@ class Sollol:
             self.watch.refresh_resident,
         )
         timeouts = Timeouts(self.dispatch, settings.timeouts)
-        self.drain = Drain(timeouts.abort_all)
+        self.drain = Drain(timeouts.abort_all, self.dispatch.admission.close)
         chain: tuple[object, ...] = (
             Layers(),
             Intake(settings.guard.body_limit_bytes, _now),
@@ -135,6 +139,7 @@ class Sollol:
             self.drain,
             Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
             Understand(self.ready),
+            Door(settings, _now, self.dispatch.refuse),
             one_server,
             self.keeper,
             Route(self.dispatch, one_server, budget),

@@ -1,26 +1,30 @@
-"""Give a request to a node: decide, count it in flight there, point the flow at it.
+"""Give a request to a node: wait for one, count it in flight there, point the flow at it.
 
 ``route.py`` calls it for a new request, ``failover.py`` for one whose node failed; both end either with the
-flow placed or with the answer that the client must get.
+flow placed or with the answer that the client must get. Who waits is ``admission/``'s affair, where to go
+``placement/``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 from mitmproxy import http
 
 from proxy_addon import errors
+from proxy_addon.admission import limits
+from proxy_addon.admission.admission import NOTHING, Admission, Waiter
+from proxy_addon.admission.limits import Refused
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
 from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
-from proxy_addon.placement.diversion import Diversion
 from proxy_addon.placement.policies import decide
+from proxy_addon.placement.rules import Rules
 from proxy_addon.placement.runner import slots_of
 from proxy_addon.record import Attempt, Record
 from proxy_addon.retry import backoff_s
@@ -39,32 +43,39 @@ class Dispatch:
         settings: Settings,
         now: Callable[[], float],
         stamp: Callable[[MutableMapping[str, str]], None],
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.fleet = fleet
         self.speeds = speeds
         self.settings = settings
-        self.rules = Diversion(settings.shard.models, settings.shard.min_gpu_share)
+        self.rules = Rules.of(settings)
         self.now = now
         self.stamp = stamp
+        self.on_refused = on_refused  #: called with the reason
         self.closing = False  #: the end has come: nothing is placed any more
+        self.admission = Admission(fleet, settings.admission, self._decide, self._start, now)
+        self._asked: dict[Waiter, tuple[http.HTTPFlow, Record]] = {}  # those that admission has now
         self.in_flight: dict[Node, set[http.HTTPFlow]] = {}
 
     async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
         """Point ``flow`` at the best node; None once that is done, else the client's answer.
 
-        Nodes in ``rec.excluded`` are not tried. When nobody is left, it waits (exponential back-off) and
-        starts over without those whose failure will not pass, up to ``retry.rounds`` rounds, or for
-        ``shard.wait_s`` where only a coordinator could serve that may come back. Returns None at once,
-        unplaced, when the client has left.
+        It waits in line until a node has time for it. Nodes in ``rec.excluded`` are not tried. When nobody is
+        left, it waits (exponential back-off) and starts over without those whose failure will not pass, up to
+        ``retry.rounds`` rounds, or for ``shard.wait_s`` where only a coordinator could serve that may come
+        back. Returns None at once, unplaced, when the client has left.
         """
         assert rec.ask is not None
         while True:
-            if self.closing:
-                return self._answer(rec, 503, "SOLLOL is shutting down", {"retry-after": "2"})
-            decision = self.decide(rec)
-            if decision.node is not None:
-                self.send(flow, rec, self.fleet.nodes[decision.node], decision)
+            try:
+                if self.closing:
+                    raise limits.ending()
+                decision = await self._admit(flow, rec)
+            except Refused as refused:
+                return self.refuse(rec, refused)
+            if decision is None or decision.node is not None:
                 return None
+            rec.decisions.append(decision)
             if self.fleet.nobody_stores(rec.ask.key) and self.fleet.up(self.now()):
                 return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
@@ -80,20 +91,62 @@ class Dispatch:
                 return None
             rec.excluded = dict(rec.hopeless)
 
-    def decide(self, rec: Record) -> Decision:
-        """Decide where ``rec`` goes next, and keep the decision in it."""
-        assert rec.ask is not None
-        decision = decide(
-            rec.ask,
-            self.fleet,
-            self.speeds,
-            self.now(),
-            policy=self.settings.placement,
-            excluded=rec.excluded,
-            rules=self.rules,
-        )
+    def refuse(self, rec: Record, refused: Refused) -> http.Response:
+        """The answer to a request that is beyond a limit."""
+        rec.outcome = "refused"
+        self.on_refused(refused.reason)
+        return self._answer(rec, refused.status, refused.message, refused.headers)
+
+    async def _admit(self, flow: http.HTTPFlow, rec: Record) -> Decision | None:
+        """Wait in line, unless the client leaves; a request to load a model goes where it can at once."""
+        waiter = self._waiter(rec)
+        self._asked[waiter] = flow, rec
+
+        def left() -> None:
+            self.admission.withdraw(waiter)
+
+        rec.on_left.append(left)
+        try:
+            if waiter.ask.load_only:
+                decision = self._decide(waiter, NOTHING)
+                if decision.node is not None:
+                    self._start(waiter, decision)
+                return decision
+            return await self.admission.admit(waiter)
+        finally:
+            del self._asked[waiter]
+            if left in rec.on_left:
+                rec.on_left.remove(left)
+            if waiter.position is not None:
+                rec.queued_s, rec.queue_position = waiter.waited_s, waiter.position
+                rec.expected_wait_s = waiter.expected_wait_s
+
+    def _waiter(self, rec: Record) -> Waiter:
+        """The same one each time, so that a request that comes back stands where it stood."""
+        ask = rec.ask
+        assert ask is not None
+        if rec.waiter is None:
+            rec.waiter = Waiter(
+                id=rec.id,
+                ask=ask,
+                client=ask.client,
+                priority=ask.priority,
+                weight=ask.weight,
+                arrived_s=self.now(),
+            )
+        rec.waiter.excluded = rec.excluded
+        return rec.waiter
+
+    def _decide(self, waiter: Waiter, closed: Mapping[str, str]) -> Decision:
+        excluded = {**waiter.excluded, **closed} if closed else waiter.excluded
+        policy = self.settings.placement
+        return decide(waiter.ask, self.fleet, self.speeds, self.now(), policy, excluded, self.rules)
+
+    def _start(self, waiter: Waiter, decision: Decision) -> None:
+        assert decision.node is not None
+        flow, rec = self._asked[waiter]
         rec.decisions.append(decision)
-        return decision
+        self.send(flow, rec, self.fleet.nodes[decision.node], decision)
 
     def elsewhere(self, rec: Record, node: Node, reason: str) -> bool:
         """Whether another node than ``node`` could take ``rec``."""

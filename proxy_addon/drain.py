@@ -1,4 +1,4 @@
-"""An orderly end: no new work, answers in progress finish, within a limit.
+"""An orderly end: no new work, who waits is refused, answers in progress finish, within a limit.
 
 SIGTERM (and the first SIGINT) begins it; a second signal ends at once.
 """
@@ -22,9 +22,10 @@ TELL_S = 2.0  #: for the last words to those who are cut off
 class Drain:
     """Counts the requests under way, and refuses new ones once the end has begun."""
 
-    def __init__(self, abort_all: Callable[[str], None]) -> None:
+    def __init__(self, abort_all: Callable[[str], None], refuse_waiting: Callable[[], None]) -> None:
         self.ending = False
         self._abort_all = abort_all
+        self._refuse_waiting = refuse_waiting
         self._open: set[str] = set()  # ids of flows
         self._empty = asyncio.Event()
         self._empty.set()
@@ -58,6 +59,7 @@ class Drain:
     async def wait(self, limit_s: float) -> None:
         """Close the ports and return when the last answer has ended, at the latest after ``limit_s``."""
         self.ending = True
+        self._refuse_waiting()
         ctx.options.update(server=False)
         if self._open:
             log.info("Shutting down: %d answers in progress have up to %g s.", len(self._open), limit_s)

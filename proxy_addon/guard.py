@@ -18,7 +18,11 @@ from proxy_addon.access import Refusal
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.settings import Address, Settings
 
-EXPOSED = "x-sollol-request-id,x-sollol-node"  #: headers of an answer that a page may read
+#: Headers of an answer that a page may read.
+EXPOSED = (
+    "x-sollol-request-id,x-sollol-node,"
+    "x-sollol-queue-wait,x-sollol-queue-position,x-sollol-queue-expected-wait,retry-after"
+)
 
 
 class Guard:

@@ -1,27 +1,8 @@
-"""What the nodes are doing now, counted from the fleet: pure functions on :class:`Fleet`."""
+"""What a node is doing now: pure functions on :class:`Node`."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-from proxy_addon.fleet.node import Fleet, Node
-
-NORMAL_PRIORITY = 5
-
-
-def waiting(fleet: Fleet) -> Counter[int]:
-    """Requests by priority that are on a node but beyond its slots, hence waiting in that node's queue.
-
-    A node serves ``parallel`` requests of a model at a time, in the order in which they came.
-    """
-    depth: Counter[int] = Counter({NORMAL_PRIORITY: 0})
-    for node in fleet:
-        served: Counter[str] = Counter()
-        for flight in sorted(node.flights, key=lambda flight: flight.started_s):
-            served[flight.ask.key] += 1
-            if served[flight.ask.key] > node.parallel:
-                depth[flight.ask.priority] += 1
-    return depth
+from proxy_addon.fleet.node import Node
 
 
 def health(node: Node, now_s: float) -> float:

@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary
 
 from mitmproxy import http
 
+from proxy_addon.admission.admission import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
 from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement.decision import Decision
+from proxy_addon.settings import ClientClass
 
 
 @dataclass(slots=True)
@@ -80,6 +82,10 @@ class Record:
     on_left: list[Callable[[], object]] = field(default_factory=list)  #: called when the client leaves
     queued_s: float | None = None  #: how long it waited in the proxy's own line; None: it never stood there
     queue_position: int | None = None  #: its place there when it came, 1 for the first
+    expected_wait_s: float | None = None  #: as it was then
+    waiter: Waiter | None = None  #: its place in the line, kept for when it comes back
+    client_class: ClientClass | None = None  #: by which the client is known, where it is of one
+    client_name: str = ""  #: what it is called then: the name of the class, or its address
     last_byte_s: float | None = None
     first_byte_s: float | None = None
     ended_s: float | None = None

@@ -36,5 +36,7 @@ class Route:
         elif is_cloud(rec.ask.model):
             await self.one_server.pin(flow)
         else:
+            rec.ask.body = {}  # nothing of a prompt is kept while it waits
+            self.dispatch.speeds.demand.note(rec.ask, self.dispatch.now())
             flow.response = await self.dispatch.place(flow, rec)
-        rec.ask.body = {}  # nothing of a prompt outlives the placement
+        rec.ask.body = {}

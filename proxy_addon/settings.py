@@ -60,11 +60,11 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _priority(value: Any) -> int:
-    """A priority from its number or its name."""
+def priority_of(value: Any) -> int:
+    """A priority from its number or its name. Raises ValueError, whose text goes on from what it is of."""
     if isinstance(value, str):
         text = value.strip().lower()
-        found = PRIORITIES.get(text) or (int(text) if text.isascii() and text.isdecimal() else 0)
+        found = PRIORITIES.get(text) or (int(text[:3]) if text.isascii() and text.isdecimal() else 0)
     else:
         found = value if isinstance(value, int) and not isinstance(value, bool) else 0
     if not 1 <= found <= 10:
@@ -232,7 +232,7 @@ class Poll(_Part):
     failures_to_lose: PositiveInt = Field(2, description="failed polls in a row until a node counts as lost")
 
 
-Priority = Annotated[int, BeforeValidator(_priority)]
+Priority = Annotated[int, BeforeValidator(priority_of)]
 
 
 class Admission(_Part):
@@ -433,8 +433,13 @@ def _sentence(error: ErrorDetails, layer: Layer) -> str:
     if error["type"] == "missing":
         return f"{where}{dotted(key)} is missing"
     message = _MUST.get(error["type"]) or error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    shown = "" if key[0] == "agent_token" else f", not {_short(error['input'])}"
+    shown = "" if _is_secret(key) else f", not {_short(error['input'])}"
     return f"{where}{dotted(key)} {message}{shown}"
+
+
+def _is_secret(key: tuple[str | int, ...]) -> bool:
+    """Whether the value at ``key`` may have a secret in it: a token, a client's key, or all of a client."""
+    return key[0] == "agent_token" or (key[0] == "clients" and (len(key) <= 2 or key[-1] == "key"))
 
 
 #: pydantic's error types in plain words, where its own message is not plain.

@@ -9,9 +9,10 @@ no node has is ``other``.
 from __future__ import annotations
 
 import asyncio
+import collections
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -29,9 +30,11 @@ from proxy_addon.record import Record
 
 NO_HOST = "none"  #: the request reached no node
 OTHER = "other"
+PRIORITIES = range(1, 11)
 WINDOW = 500  #: latencies kept per node, for quantiles and means of the recent past
 QUANTILES = (0.5, 0.9, 0.99)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+QUEUE_WAIT_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 FIRST_BYTE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 #: The record's outcome → the seed's ``status`` label and the two it does not know.
@@ -79,6 +82,7 @@ class Telemetry:
         self.fleet = fleet
         self.tallies: dict[str, Tally] = {}  #: by node name
         self.finished = 0  #: requests that were for a node
+        self.depth: Callable[[], Mapping[int, int]] = collections.Counter  #: how many wait now, by priority
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "sollol_requests", "Requests that ended.", ("host", "model", "status"), registry=registry
@@ -100,6 +104,19 @@ class Telemetry:
         self._retries = Counter(
             "sollol_retries", "Attempts that were followed by another one.", ("reason",), registry=registry
         )
+        self._queue_wait = Histogram(
+            "sollol_queue_wait_seconds",
+            "Time in the proxy's line, of requests that were for a node; 0 of those that found a slot free.",
+            ("priority",),
+            buckets=QUEUE_WAIT_BUCKETS_S,
+            registry=registry,
+        )
+        self._refused = Counter(
+            "sollol_admission_refused",
+            "Requests over a limit: queue_full, max_wait, in_flight, rate, shutdown.",
+            ("reason",),
+            registry=registry,
+        )
         self._decisions = Counter(
             "sollol_decisions", "Placements decided.", ("host", "policy"), registry=registry
         )
@@ -120,7 +137,7 @@ class Telemetry:
         )
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
-        registry.register(_FleetCollector(fleet, self.tallies, now))
+        registry.register(_FleetCollector(fleet, self.tallies, lambda: self.depth(), now))
 
     def observe(self, record: Record) -> None:
         """Count a finished request; those about the proxy itself are not requests."""
@@ -135,6 +152,8 @@ class Telemetry:
         if host == NO_HOST:
             return
         self.finished += 1
+        if record.ask is not None and record.waiter is not None:
+            self._queue_wait.labels(str(record.ask.priority)).observe(record.queued_s or 0.0)
         if record.outcome == "ok":
             self._duration.labels(host).observe(record.ended_s - record.started_s)
         if record.first_byte_s is not None:
@@ -150,6 +169,10 @@ class Telemetry:
     def planned(self, coordinator: str, plan: ShardPlan) -> None:
         """Count a plan of a sharded model."""
         self._plans.labels(coordinator).inc()
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was over a limit of admission."""
+        self._refused.labels(reason).inc()
 
     def replica_acted(self, action: str) -> None:
         """Count a load, unload or keep of the proxy's own."""
@@ -185,8 +208,15 @@ class Telemetry:
 class _FleetCollector(Collector):
     """Gauges that are the fleet's own state, made at each scrape."""
 
-    def __init__(self, fleet: Fleet, tallies: dict[str, Tally], now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        tallies: dict[str, Tally],
+        depth: Callable[[], Mapping[int, int]],
+        now: Callable[[], float],
+    ) -> None:
         self._fleet = fleet
+        self._depth = depth
         self._tallies = tallies
         self._now = now
 
@@ -206,10 +236,11 @@ class _FleetCollector(Collector):
             if (free_bytes := load.gpu_free_bytes(node)) is not None:
                 memory.add_metric((node.name,), free_bytes)
         depth = GaugeMetricFamily(
-            "sollol_queue_depth", "Requests on a node beyond its slots.", labels=("priority",)
+            "sollol_queue_depth", "Requests that wait for a node, in the proxy.", labels=("priority",)
         )
-        for priority, count in sorted(load.waiting(self._fleet).items()):
-            depth.add_metric((str(priority),), count)
+        waiting = self._depth()
+        for priority in PRIORITIES:
+            depth.add_metric((str(priority),), waiting[priority])
         yield from (health, memory, in_flight, depth, self._latency(), *self._sharded())
 
     def _sharded(self) -> Iterator[Metric]:

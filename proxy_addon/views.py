@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from agent.ollama import names
 from proxy_addon import load
+from proxy_addon.admission.admission import Standing
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.telemetry import Tally, Telemetry
 
@@ -32,7 +35,7 @@ def dashboard(fleet: Fleet, telemetry: Telemetry, now_s: float) -> dict[str, Any
         "total_requests": telemetry.finished,
         "avg_latency_ms": round(1000 * sum(recent_s) / len(recent_s), 1) if recent_s else 0.0,
         "success_rate": round(total.success_rate(), 4),
-        "queue_depth": load.waiting(fleet).total(),
+        "queue_depth": sum(telemetry.depth().values()),
         "hosts": [
             {
                 "host": node.name,
@@ -60,11 +63,27 @@ def status(fleet: Fleet, telemetry: Telemetry, policy: str, now_s: float) -> dic
         "policy": policy,
         "requests": telemetry.finished,
         "in_flight": sum(len(node.flights) for node in fleet),
-        "queue_depth": load.waiting(fleet).total(),
+        "queue_depth": sum(telemetry.depth().values()),
         "pins": fleet.pins,
         "replicas": fleet.replicas,
         "nodes": rows,
     }
+
+
+def queue(standings: Iterable[Standing]) -> list[dict[str, Any]]:
+    """``GET /sollol/queue``: who waits, the next one first; of a request only what it is for."""
+    return [
+        {
+            "id": one.waiter.id,
+            "client": one.waiter.client,
+            "model": names.display(one.waiter.ask.key),
+            "priority": one.waiter.priority,
+            "position": one.position,
+            "waited_s": round(one.waited_s, 3),
+            "expected_wait_s": round(one.expected_wait_s, 3),
+        }
+        for one in standings
+    ]
 
 
 def nodes(fleet: Fleet, telemetry: Telemetry, now_s: float) -> list[dict[str, Any]]:

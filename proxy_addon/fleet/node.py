@@ -58,19 +58,26 @@ class Flight:
 
     def drop(self, output_tokens: int = 0, now_s: float | None = None) -> None:
         """Take the request off the node, which has answered with so many tokens; harmless the second time."""
-        node, key = self.node, self.ask.key
+        node = self.node
         if self not in node.flights:
             return
         if now_s is not None:
             node.crowd.advance(node.in_use, node.parallel, now_s)
             served.ended(self, now_s)
+        self.cancel()
+        if self.slot is not None:
+            self.slot.ended(self.ask.prefix, output_tokens)
+        if node.on_freed is not None:
+            node.on_freed()
+
+    def cancel(self) -> None:
+        """Take what was reserved off the node, as if it had never been there."""
+        node, key = self.node, self.ask.key
         node.flights.discard(self)
         node.work_s = node.work_s - self._work_s if node.flights else 0.0
         node.in_use[key] -= 1
         if not node.in_use[key]:
             del node.in_use[key]
-        if self.slot is not None:
-            self.slot.ended(self.ask.prefix, output_tokens)
 
     @property
     def _work_s(self) -> float:
@@ -115,6 +122,7 @@ class Node:
     unfit_until_s: dict[str, float] = field(default_factory=dict)  #: canonical name → out of memory there
     pinned: frozenset[str] = frozenset()  #: canonical names of what should stay in its memory (replicas/)
     turn: int = 0  #: grows with each request given to any node: who has the smallest waits longest
+    on_freed: Callable[[], None] | None = None  #: called when a request was taken off; set by the fleet
 
     @property
     def name(self) -> str:
@@ -172,6 +180,16 @@ class Node:
         self.turn = next(_TURNS)
         return flight
 
+    def reserve(
+        self, ask: Ask, now_s: float, expected_s: float, load: bool, service_s: float | None
+    ) -> Flight:
+        """Let decisions see a request here that may come, until its handle is cancelled."""
+        flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
+        self.flights.add(flight)
+        self.in_use[ask.key] += 1
+        self.work_s += flight._work_s
+        return flight
+
     def holds(self, resident: dict[str, Resident]) -> None:
         """Take over what is in its memory, and forget what was known of runners that are gone.
 
@@ -195,7 +213,9 @@ class Fleet:
     on_lost: list[Callable[[Node, str], None]] = field(default_factory=list)
     #: called with (node, reason) when a node stops answering polls: what it holds unanswered must move
     on_news: list[Callable[[Node], None]] = field(default_factory=list)
-    #: called with a node that reported, or said that other models are in its memory
+    #: called with a node that reported, came (back), or has other models than before, on disk or in memory
+    on_freed: list[Callable[[], None]] = field(default_factory=list)
+    #: called when a request was taken off a node: somebody else may have its slot
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     views: dict[str, View] = field(default_factory=dict)
@@ -208,7 +228,9 @@ class Fleet:
 
     def add(self, node: Node) -> Node:
         """Add ``node``, or return the one already known under its name."""
-        return self.nodes.setdefault(node.name, node)
+        known = self.nodes.setdefault(node.name, node)
+        known.on_freed = self._freed
+        return known
 
     def remove(self, node: Node) -> None:
         """Forget ``node``; harmless if it is no longer known."""
@@ -240,6 +262,10 @@ class Fleet:
     def nobody_stores(self, key: str) -> bool:
         """Whether no node that could be asked has the model ``key``: then it does not exist here."""
         return not any(key in node.models for node in self)
+
+    def _freed(self) -> None:
+        for callback in self.on_freed:
+            callback()
 
     def news(self, node: Node) -> None:
         """Tell everybody who reads what ``node`` says of itself."""

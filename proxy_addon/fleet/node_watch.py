@@ -178,6 +178,8 @@ class NodeWatch:
         elif change == "back":
             node.health.polled()
             log.info("%s is back after %.0f s: Ollama %s.", node.name, now_s - since_s, node.version)
+        if change is not None:
+            self._fleet.news(node)
 
     def _failed(self, failure: PollFailed, now_s: float) -> None:
         node, before = self.node, self._alive.state
@@ -200,6 +202,7 @@ class NodeWatch:
     def _set_models(self, models: dict[str, Model]) -> None:
         if models != self.node.models:  # also where a request found one missing that is there after all
             self.node.models = dict(models)
+            self._fleet.news(self.node)
         self._on_models(self.node)
 
     def _set_resident(self, resident: dict[str, Resident]) -> None:

@@ -14,30 +14,39 @@ from mitmproxy import http
 from mitmproxy.test import tflow
 
 from proxy_addon.admin import Admin
+from proxy_addon.admission.admission import Admission, Waiter
+from proxy_addon.ask import Ask
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.journal import Journal
+from proxy_addon.placement.decision import Decision
 from proxy_addon.settings import Settings
 from proxy_addon.telemetry import Telemetry
-from tests.proxy.test_telemetry import KEY, NOW_S, fleet, record
+from tests.proxy.test_telemetry import KEY, NOW_S, chat, fleet, record
 
 __all__ = ["fleet"]  # the fixture
 
 
 @dataclass
 class StandIn:
-    """The two things of Dispatch that Admin reads."""
+    """What Admin reads of Dispatch."""
 
     settings: Settings
+    admission: Admission
 
     def now(self) -> float:
         return NOW_S
 
 
+def no_decision(waiter: Waiter, closed: object) -> Decision:
+    raise AssertionError("nothing is decided here")
+
+
 @pytest.fixture
 def admin(fleet: Fleet, tmp_path: Path) -> Iterator[Admin]:
     telemetry = Telemetry(fleet, lambda: NOW_S)
-    yield Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings())))
+    admission = Admission(fleet, Settings().admission, no_decision, lambda *_: None, lambda: NOW_S)
+    yield Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings(), admission)))
 
 
 def ask(admin: Admin, path: str, method: str = "GET") -> http.Response | None:
@@ -104,6 +113,37 @@ def test_status_and_nodes(admin: Admin) -> None:
     nodes = read(admin, "/sollol/nodes")["nodes"]
     assert nodes[0]["models"] == [{"name": "gemma3:latest", "size": 1, "digest": "d" * 64}]
     assert nodes[0]["gpus"][0]["memory_free_bytes"] == 16_000_000_000
+
+
+def test_the_queue_names_who_waits_and_never_a_prompt(admin: Admin) -> None:
+    node = admin.fleet.nodes["a:1"]
+    node.take(Ask(chat(), key=KEY), NOW_S, 4.0, service_s=4.0)
+    line = admin.dispatch.admission.line
+    for name, priority in (("x", 5), ("y", 10)):
+        ask = Ask(chat(), model="gemma3", key=KEY, client="10.0.0.9", priority=priority)
+        line.add(
+            Waiter(
+                id=name,
+                ask=ask,
+                client=ask.client,
+                priority=priority,
+                cost_s=2.0,
+                arrived_s=NOW_S,
+                joined_s=NOW_S - 3,
+            ),
+            NOW_S,
+        )
+    first, second = read(admin, "/sollol/queue")["queue"]
+    assert first == {
+        "id": "y",
+        "client": "10.0.0.9",
+        "model": "gemma3:latest",
+        "priority": 10,
+        "position": 1,
+        "waited_s": 3.0,
+        "expected_wait_s": 4.0,
+    }
+    assert (second["id"], second["position"], second["expected_wait_s"]) == ("x", 2, 6.0)
 
 
 def test_the_states_of_a_node(admin: Admin) -> None:

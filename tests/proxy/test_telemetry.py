@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.report import Gpu, Host, Model, Ollama, Report
+from proxy_addon.admission.admission import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, match
 from proxy_addon.fleet.node import Fleet, Node
-from proxy_addon.load import waiting
 from proxy_addon.placement.decision import Decision
 from proxy_addon.record import Attempt, FinalStats, Record
 from proxy_addon.telemetry import Telemetry, quantile
@@ -169,10 +170,30 @@ def test_quantiles_by_nearest_rank() -> None:
     assert (quantile(values, 0.5), quantile(values, 0.99), quantile([3.0], 0.99)) == (50.0, 99.0, 3.0)
 
 
-def test_waiting_is_what_a_node_has_beyond_its_slots(fleet: Fleet) -> None:
-    node = fleet.nodes["a:1"]
-    node.parallel = 2
-    for start, priority in enumerate((9, 5, 1, 8, 8)):
-        node.take(Ask(chat(), key=KEY, priority=priority), float(start), 1.0)
-    node.take(Ask(chat(), key="another"), 9.0, 1.0)
-    assert waiting(fleet) == {5: 0, 1: 1, 8: 2}
+def test_the_line_is_counted_by_priority_when_somebody_looks(fleet: Fleet) -> None:
+    telemetry = Telemetry(fleet, lambda: NOW_S)
+    assert [samples(telemetry)[f"sollol_queue_depth|{priority}"] for priority in range(1, 11)] == [0] * 10
+    telemetry.depth = lambda: Counter({1: 2, 8: 1})
+    seen = samples(telemetry)
+    assert (seen["sollol_queue_depth|1"], seen["sollol_queue_depth|8"], seen["sollol_queue_depth|5"]) == (
+        2,
+        1,
+        0,
+    )
+
+
+def test_waits_and_refusals(fleet: Fleet) -> None:
+    telemetry = Telemetry(fleet, lambda: NOW_S)
+    waited = record()
+    assert waited.ask is not None
+    waited.waiter = Waiter(id="id", ask=waited.ask, arrived_s=10.0)
+    waited.queued_s = 2.0
+    telemetry.observe(waited)
+    telemetry.refused("rate")
+    seen = samples(telemetry)
+    assert seen["sollol_queue_wait_seconds_sum|5"] == 2.0
+    assert (seen["sollol_queue_wait_seconds_bucket|1.0|5"], seen["sollol_queue_wait_seconds_count|5"]) == (
+        0,
+        1,
+    )
+    assert seen["sollol_admission_refused_total|rate"] == 1
