@@ -39,7 +39,7 @@ class Rate:
     """A positive quantity as the mean of its logarithm, with forgetting.
 
     What is far off twice in a row, in the same direction, is no noise: then the mean begins anew from these
-    two. One alone counts like any other, so that an outlier moves little.
+    two. One alone moves nothing.
     """
 
     log: Finite = 0.0
@@ -75,10 +75,10 @@ class Rate:
                 return self._begin_anew((self.odd + log) / 2)
             self._was_noise()
             self.odd = log
-        else:
-            self._was_noise()
-            if self.n:
-                self.noise += (abs(off) - self.noise) * NOISE_GAIN
+            return 0.0
+        self._was_noise()
+        if self.n:
+            self.noise += (abs(off) - self.noise) * NOISE_GAIN
         self.n += 1
         self._move(off * weight * max(1 / self.n, GAIN) if self.n > 1 else off)
         return 0.0
@@ -94,6 +94,7 @@ class Rate:
             return self.add(high)
         if self.log >= math.log(low):
             self._was_noise()
+            self.n += 1
             return 0.0
         if gain_up < 1:
             self.n += 1

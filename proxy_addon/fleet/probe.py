@@ -128,7 +128,6 @@ class Prober:
             outcome = await self._send(node, ask, begun_s)
         finally:
             flight.drop(TOKENS, self._now())
-            self.fleet.news(node)  # who waits for a free slot must know of this one
         now_s = self._now()
         self.schedule.tried(node.name, now_s, hopeful=outcome == "better")
         self.outcomes[outcome] += 1

@@ -227,3 +227,133 @@ def test_a_broken_file_is_set_aside_and_said(
     assert (tmp_path / "speeds.json.broken").read_bytes() == content
     assert not path.exists()
     assert "are broken" in caplog.text and "learned anew" in caplog.text
+
+
+def work(
+    speeds: Speeds,
+    n: Node,
+    tok_s: float,
+    times: int = 1,
+    key: str = "m",
+    beside: int = 0,
+    runners: float = 0.0,
+) -> None:
+    for _ in range(times):
+        speeds.observe(n, ask(key), answer(tok_s), 0.5, 5.0, 1 + beside, NOW_S, runners=runners)
+
+
+def test_what_company_costs_is_learned_from_those_who_have_it() -> None:
+    speeds, n, other = Speeds(), node(Fleet(), 1, parallel=8), node(Fleet(), 2, parallel=8)
+    assert speeds.slowdown(n.name, 0) == 1
+    before = speeds.slowdown(n.name, 3)
+    for _ in range(40):
+        work(speeds, n, 100)
+        work(speeds, n, 100 / 1.3, beside=3)
+    assert speeds.slowdown(n.name, 3) == pytest.approx(1.3, abs=0.05)
+    assert speeds.slowdown(other.name, 3) == before
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(100, rel=0.02)
+
+
+def test_what_other_models_at_work_cost_is_learned_apart_from_that() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, parallel=8)
+    for _ in range(40):
+        work(speeds, n, 100)
+        work(speeds, n, 90, runners=1)
+    assert speeds.slowdown(n.name, 0, 1) == pytest.approx(100 / 90, abs=0.05)
+    assert speeds.slowdown(n.name, 2) == Speeds().slowdown(n.name, 2)
+
+
+@given(beside=st.floats(0, 15), runners=st.floats(0, 4), seen=st.lists(st.floats(1, 1000), max_size=20))
+def test_company_never_helps(beside: float, runners: float, seen: list[float]) -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, parallel=16)
+    for tok_s in seen:
+        work(speeds, n, tok_s, beside=round(beside), runners=runners)
+    assert speeds.slowdown(n.name, beside, runners) >= speeds.slowdown(n.name, beside) >= 1
+    assert speeds.slowdown(n.name, beside) <= 1 + beside, "a batch is not slower than one after the other"
+
+
+def test_prefill_is_learned_from_what_was_evaluated() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    whole, cached = answer(prefill_tok_s=1000, prompt=2000), FinalStats(2000, 100, 0.0, 0.2, 2.0)
+    for _ in range(20):
+        for stats, tokens in ((whole, 0), (cached, 1800)):  # 200 of 2000 are evaluated in 0.2 s
+            asked = ask(prompt_tokens=2000)
+            speeds.observe(n, asked, stats, 0.5, 5.0, 1, NOW_S, cached_tokens=tokens)
+    assert estimate(speeds, n).prefill_tok_s == pytest.approx(1000, rel=0.05)
+
+
+def test_a_count_without_the_cached_tokens_does_not_make_prefill_look_slow() -> None:
+    """Some count what they evaluated only: to take the cached ones off it once more would be wrong."""
+    speeds, n = Speeds(), node(Fleet(), 1)
+    whole, rest = answer(prefill_tok_s=1000, prompt=2000), FinalStats(1000, 100, 0.0, 1.0, 2.0)
+    for stats, tokens in [(whole, 0)] * 3 + [(rest, 1000)] * 20:
+        speeds.observe(n, ask(prompt_tokens=2000), stats, 0.5, 5.0, 1, NOW_S, cached_tokens=tokens)
+    assert estimate(speeds, n).prefill_tok_s == pytest.approx(1000, rel=0.05)
+
+
+def test_a_load_is_learned_from_who_waited_for_nobody_else() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    before = estimate(speeds, n).load_s
+    speeds.observe(n, ask(), answer(load_s=8.0), 0.5, 5.0, 1, NOW_S, lone=False)
+    assert estimate(speeds, n).load_s == before
+    speeds.observe(n, ask(), answer(load_s=8.0), 0.5, 5.0, 1.5, NOW_S, lone=True)
+    assert estimate(speeds, n).load_s == pytest.approx(8)
+
+
+def test_a_node_that_turned_slow_is_believed_after_two_answers_with_all_its_models() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(4), "big": row(8)})
+    work(speeds, n, 100, 10)
+    work(speeds, n, 40, 10, "big")
+    assert speeds.doubt(n.name, NOW_S) is None
+    work(speeds, n, 20, 2)
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(20, rel=0.05)
+    assert estimate(speeds, n, "big").decode_tok_s == pytest.approx(8, rel=0.1), "nobody had to find out"
+    assert speeds.doubt(n.name, NOW_S) == "slow"
+    work(speeds, n, 100, 2)
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(100, rel=0.05)
+    assert estimate(speeds, n, "big").decode_tok_s == pytest.approx(40, rel=0.1)
+    assert speeds.doubt(n.name, NOW_S) is None
+
+
+def test_one_slow_answer_does_not_make_a_slow_node() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    work(speeds, n, 100, 10)
+    work(speeds, n, 10)
+    work(speeds, n, 100)
+    assert estimate(speeds, n).decode_tok_s > 60
+    assert speeds.doubt(n.name, NOW_S) is None
+
+
+def test_prefill_that_fell_comes_back_with_decoding() -> None:
+    """A try of a few tokens measures decoding alone; what slowed both has ended for both."""
+    speeds, n = Speeds(), node(Fleet(), 1)
+
+    def prefill(tok_s: float, prefill_tok_s: float, times: int) -> None:
+        for _ in range(times):
+            stats = answer(tok_s, prefill_tok_s, prompt=2000)
+            speeds.observe(n, ask(prompt_tokens=2000), stats, 0.5, 5.0, 1, NOW_S, cached_tokens=0)
+
+    prefill(100, 3000, 10)
+    prefill(20, 600, 3)
+    assert estimate(speeds, n).prefill_tok_s == pytest.approx(600, rel=0.1)
+    for _ in range(2):
+        speeds.observe(n, ask(), FinalStats(4, 8, 0.0, 0.01, 0.08), 0.1, 0.1, 1, NOW_S, probe=True)
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(100, rel=0.05)
+    assert estimate(speeds, n).prefill_tok_s == pytest.approx(3000, rel=0.1)
+
+
+def test_a_try_of_the_proxys_own_teaches_nothing_of_clients() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    before = speeds.output_tokens(ask()), speeds.prompt_tokens(ask())
+    speeds.observe(n, ask(), answer(tokens=8, prompt=999), 0.1, 0.2, 1, NOW_S, probe=True)
+    assert (speeds.output_tokens(ask()), speeds.prompt_tokens(ask())) == before
+    assert speeds.has_decoded(n.name, "m")
+
+
+def test_a_node_that_fails_is_in_doubt_until_it_has_worked_for_a_while() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    for _ in range(3):
+        speeds.observe_failure(n.name, 0.1, NOW_S)
+    assert speeds.doubt(n.name, NOW_S) == "failing"
+    work(speeds, n, 50, 20)
+    assert speeds.doubt(n.name, NOW_S) is None
