@@ -69,6 +69,9 @@ class Machine:
     hardware: Hardware
     room: Room | None  #: None without a report
     sharded: dict[str, ShardModel]  #: what a coordinator expects of its models, by canonical name
+    gpu_free_bytes: int = 0
+    gpu_total_bytes: int = 0
+    cpu_utilisation: float | None = None
 
 
 _UNMEASURED = OfNode()
@@ -121,7 +124,16 @@ class Speeds:
             promise, room = hardware.of(report), room_of(report) if report else None
             if seen is not None and seen.hardware == promise:
                 promise = seen.hardware  # the same object, by which estimates know that they are still good
-            seen = self._machines[name] = Machine(report, promise, room, priors(report))
+            gpus = report.gpus if report else ()
+            seen = self._machines[name] = Machine(
+                report,
+                promise,
+                room,
+                priors(report),
+                sum(gpu.memory_free_bytes for gpu in gpus),
+                sum(gpu.memory_total_bytes for gpu in gpus),
+                report.host.cpu_utilisation if report else None,
+            )
         return seen
 
     def estimate(self, name: str, machine: Machine, key: str, size_bytes: int) -> Estimate:

@@ -21,7 +21,6 @@ from proxy_addon.placement.view import Able, unable
 
 NO_NODE_HOLDS_IT = "no other node holds the model"
 SET_SO = "the model is set to be sharded"
-Diversion = Rules
 
 
 @dataclass(frozen=True, slots=True)

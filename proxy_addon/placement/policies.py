@@ -24,7 +24,7 @@ from proxy_addon.placement.scene import Place, Policy, Scene
 from proxy_addon.placement.seed_score import SeedScore
 from proxy_addon.placement.simple import LeastLoaded, RoundRobin
 from proxy_addon.placement.survey import features
-from proxy_addon.placement.view import WHOLE, View, look, placed, stands, unable
+from proxy_addon.placement.view import WHOLE, View, look, renewed, stands, unable
 
 POLICIES: dict[str, Policy] = {
     "finish_time": FinishTime(),
@@ -93,18 +93,18 @@ class _Search:
         self.out = list(view.able.out)
         self.left = 0  #: places that cannot win and were not worked out
 
-    def all_of(self, places: Sequence[Place]) -> None:
-        """Work out every one of ``places``."""
+    def all_of(self, places: list[Place]) -> None:
+        """Work out every one of ``places``, of whom was seen just now that they are able."""
         scene, rows, out, excluded = self.scene, self.rows, self.out, self.excluded
         for place in places:
-            row = excluded.get(place.name) if excluded else None
-            if row is None:
-                found = features(scene, place)
-                if not isinstance(found, str):
-                    rows.append(found)
+            why = excluded.get(place.name) if excluded else None
+            if why is None:
+                row = features(scene, place)
+                if not isinstance(row, str):
+                    rows.append(row)
                     continue
-                row = found
-            out.append((place.name, row))
+                why = row
+            out.append((place.name, why))
 
     def best_of(self, places: list[Place]) -> None:
         """Work out those of ``places`` that may win, the most promising first."""
@@ -138,7 +138,7 @@ class _Search:
             why = unable(node, key, self.scene.now_s) if here else "left the fleet"
         if why is None:
             if node.models[key] is not place.row or not stands(place, key, self.scene.speeds):
-                place = self.view.holders[name] = places[index] = placed(name, node, key, self.scene.speeds)
+                place = self.view.holders[name] = places[index] = renewed(place, key, self.scene.speeds)
             why = features(self.scene, place)
         if isinstance(why, str):
             self.out.append((name, why))
@@ -198,15 +198,15 @@ def _search(search: _Search, places: list[Place], rules: Rules, limit_bytes: int
     scene = search.scene
     work_out = search.all_of if len(search.fleet.nodes) <= WHOLE else search.best_of
     if limit_bytes is not None and scene.features.kind == "embedding":
-        small = [place for place in places if place.gpu_total_bytes <= limit_bytes]
-        large = [place for place in places if place.gpu_total_bytes > limit_bytes]
+        small = [place for place in places if place.machine.gpu_total_bytes <= limit_bytes]
+        large = [place for place in places if place.machine.gpu_total_bytes > limit_bytes]
         _search(search, small, rules, None)
         if search.rows:
             search.out += [(place.name, TOO_GOOD) for place in large]
             return
         places = large
     if meant := rules.specialise.get(scene.features.kind):
-        search.all_of([place for place in places if place.name in meant])
+        work_out([place for place in places if place.name in meant])
         scene.outside = bool(search.rows)
         places = [place for place in places if place.name not in meant]
     work_out(places)

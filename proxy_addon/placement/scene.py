@@ -38,9 +38,6 @@ class Place:
     s_per_output_token: float
     absent_load_s: float  #: 0 where the model is resident, under whatever options
     lost_s: float  #: that a failed attempt costs, besides its work
-    gpu_free_bytes: int
-    gpu_total_bytes: int
-    cpu_utilisation: float | None
     other_version: bool = False  #: than the one that the fleet serves
     starts: Starts | None = None
     success_rate: float = 1.0

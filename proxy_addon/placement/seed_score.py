@@ -116,15 +116,15 @@ class SeedScore:
         for place in places:
             node = place.node
             load = len(node.flights) / node.parallel
-            if place.cpu_utilisation is not None and place.cpu_utilisation > load:
-                load = place.cpu_utilisation
+            if place.machine.cpu_utilisation is not None and place.machine.cpu_utilisation > load:
+                load = place.machine.cpu_utilisation
             found.append(
                 -score(
                     place.success_rate,
                     node.poll_latency_s,
                     load,
                     abs(node.priority - priority),
-                    wanted and place.gpu_free_bytes > 0,
+                    wanted and place.machine.gpu_free_bytes > 0,
                     prefers(node, scene.ask),
                 )
             )

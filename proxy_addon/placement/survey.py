@@ -90,8 +90,8 @@ def features(scene: Scene, place: Place) -> Features | str:
         node.parallel,
         node.turn,
         node.poll_latency_s,
-        place.cpu_utilisation,
-        place.gpu_free_bytes,
+        place.machine.cpu_utilisation,
+        place.machine.gpu_free_bytes,
         node.priority,
         bool(node.preferred_tasks) and prefers(node, ask),
         scene.outside,
@@ -169,6 +169,6 @@ def _wanted_again(scene: Scene, node: Node, name: str) -> float:
         return 1.0
     demand, loaded_with = scene.speeds.demand, node.loaded_with.get(name)
     unknown = loaded_with is None and name == scene.ask.key  # by whom, and for what, nobody knows
-    if unknown or not demand.rate_per_s(name, None, scene.now_s):
+    if unknown or not demand.rate_per_s(name, None, scene.second_s):
         return UNKNOWN_IS_WANTED
-    return demand.again_within(name, loaded_with, KEPT_S, scene.now_s)
+    return demand.again_within(name, loaded_with, KEPT_S, scene.second_s)

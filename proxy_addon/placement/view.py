@@ -134,12 +134,32 @@ def stands(place: Place, key: str, speeds: Speeds) -> bool:
     )
 
 
+def renewed(place: Place, key: str, speeds: Speeds) -> Place:
+    """``place`` as its node is now: itself, where only the node's report is another and says little new."""
+    node, name, report = place.node, place.name, place.node.report
+    if (
+        node.models[key] is place.row
+        and node.resident.get(key) is place.resident
+        and node.parallel == place.parallel
+        and speeds.stamp(name) == place.stamp
+    ):
+        machine = speeds.machine(name, report)
+        estimate = speeds.estimate(name, machine, key, place.row.size)
+        if estimate is place.estimate and node.coordinator is place.coordinator:
+            if machine.room != place.room:
+                place.starts = None
+            elif place.starts is not None:
+                place.starts.row = None
+            place.report, place.machine = report, machine
+            return place
+    return placed(name, node, key, speeds, place.other_version)
+
+
 def placed(name: str, node: Node, key: str, speeds: Speeds, other_version: bool = False) -> Place:
     """What of ``node``, which has the model ``key``, does not change from one request to the next."""
     row, report, resident = node.models[key], node.report, node.resident.get(key)
     machine = speeds.machine(name, report)
     estimate = speeds.estimate(name, machine, key, row.size)
-    gpus = report.gpus if report is not None else []
     return Place(
         name,
         node,
@@ -157,9 +177,6 @@ def placed(name: str, node: Node, key: str, speeds: Speeds, other_version: bool 
         1 / estimate.decode_tok_s,
         0.0 if resident is not None else estimate.load_s,
         speeds.lost_s(name),
-        sum(gpu.memory_free_bytes for gpu in gpus),
-        sum(gpu.memory_total_bytes for gpu in gpus),
-        report.host.cpu_utilisation if report is not None else None,
         other_version,
     )
 
@@ -193,8 +210,8 @@ def _renewed(view: View, fleet: Fleet, speeds: Speeds) -> bool:
         ):
             return False
         if not stands(place, key, speeds):
-            view.holders[name] = placed(name, node, key, speeds, place.other_version)
-            changed = True
+            view.holders[name] = new = renewed(place, key, speeds)
+            changed = changed or new is not place
     if changed:
         _compare(view)
     return True

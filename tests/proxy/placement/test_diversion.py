@@ -12,8 +12,8 @@ from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.placement.decision import Decision
-from proxy_addon.placement.diversion import Diversion
 from proxy_addon.placement.policies import POLICIES, WHOLE, decide
+from proxy_addon.placement.rules import Rules
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident, row
 
@@ -171,7 +171,7 @@ def test_a_model_that_only_coordinators_list() -> None:
 
 
 def test_configured_models_are_always_diverted() -> None:
-    rules = Diversion(models=frozenset({KEY}))
+    rules = Rules(models=frozenset({KEY}))
     decision = choose(fleet_of(size_gib=4), rules=rules)
     assert decision.node == name(91)
     assert why(decision)[name(1)] == "the model is set to be sharded"
@@ -181,7 +181,7 @@ def test_configured_models_are_always_diverted() -> None:
 
 
 def test_too_small_a_share_on_gpus_is_no_holding_it_unless_nobody_else_can() -> None:
-    fleet, rules = fleet_of(size_gib=12, nodes=1), Diversion(min_gpu_share=0.8)
+    fleet, rules = fleet_of(size_gib=12, nodes=1), Rules(min_gpu_share=0.8)
     assert choose(fleet).node == name(1)
     decision = choose(fleet, rules=rules)
     assert decision.node == name(91)
