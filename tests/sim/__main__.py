@@ -10,7 +10,7 @@ from statistics import fmean
 
 from tests.sim.blind import LeastConnections, RoundRobin
 from tests.sim.oracle import Oracle
-from tests.sim.ours import Ours
+from tests.sim.ours import EARLY, Ours
 from tests.sim.traces import TRACES
 from tests.sim.world import Balancer, Result, play
 
@@ -20,6 +20,7 @@ BALANCERS: dict[str, Callable[[], Balancer]] = {
     "least_conn": LeastConnections,
     "round_robin": RoundRobin,
     "finish_time": Ours,
+    "early": lambda: Ours(settings=EARLY),
     "score": lambda: Ours("score"),
     "least_loaded": lambda: Ours("least_loaded"),
 }

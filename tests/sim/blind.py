@@ -53,12 +53,12 @@ class Blind:
         self.active[request.node] -= 1
         self._tried.pop(request)
 
-    def failed(self, request: Request, failure: Failure) -> bool:
+    async def failed(self, request: Request, failure: Failure) -> int | None:
         """Try the next one."""
         self.active[request.node] -= 1
         self._tried[request].add(request.node)
         self._out_until_s[request.node] = clock_s() + FAIL_TIMEOUT_S
-        return True
+        return await self.place(request)
 
 
 class LeastConnections(Blind):

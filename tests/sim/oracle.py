@@ -143,6 +143,6 @@ class Oracle:
         assert self._mind is not None
         self._mind.ended(request.arrival, clock_s() - self._start_s)
 
-    def failed(self, request: Request, failure: Failure) -> bool:
+    async def failed(self, request: Request, failure: Failure) -> int | None:
         """It knew; so nothing can."""
-        return False
+        return None

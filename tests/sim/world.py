@@ -9,7 +9,7 @@ from typing import Protocol
 
 from proxy_addon.record import FinalStats
 from tests.fakes.clock import clock_s
-from tests.fakes.engine import ApiError, Generation, Job, Stats, keep_alive_s
+from tests.fakes.engine import ApiError, Generation, Job, Stats, count_tokens, keep_alive_s
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.native_api import ANSWER_TURN, embed_texts, find, prompt_of
 from tests.fakes.ollama_node import FakeOllama
@@ -71,8 +71,8 @@ class Balancer(Protocol):
     def ended(self, request: Request, stats: FinalStats) -> None:
         """The answer is complete."""
 
-    def failed(self, request: Request, failure: Failure) -> bool:
-        """An attempt failed: return whether to place the request again."""
+    async def failed(self, request: Request, failure: Failure) -> int | None:
+        """An attempt failed: choose another node, or None where the client must see it."""
 
 
 class SimNode(FakeOllama):
@@ -108,17 +108,19 @@ class SimNode(FakeOllama):
             return Failure(fault.status, fault.text)
         try:
             if arrival.texts:
-                return await self._embed(arrival)
+                return await self._embed(request, balancer)
             return await self._chat(request, balancer)
         except (Busy, LoadFailed, ApiError) as problem:
             status = {Busy: 503, LoadFailed: 500}.get(type(problem), 400)
             return Failure(status, str(problem))
 
-    async def _embed(self, arrival: Arrival) -> FinalStats:
-        began_s = clock_s()
+    async def _embed(self, request: Request, balancer: Balancer) -> FinalStats:
+        began_s, arrival = clock_s(), request.arrival
         model, texts = find(self, arrival.model), list(arrival.texts)
         _, load_ns = await embed_texts(self, model, arrival.model, texts, arrival.body())
-        tokens = sum(len(text) // 4 for text in texts)
+        tokens = sum(map(count_tokens, texts))
+        request.first_s = clock_s()
+        balancer.first_token(request)
         return FinalStats(prompt_tokens=tokens, load_s=load_ns / 1e9, total_s=clock_s() - began_s)
 
     async def _chat(self, request: Request, balancer: Balancer) -> FinalStats:
@@ -212,10 +214,8 @@ class World:
             self._ended[arrival.id].set()
 
     async def _serve(self, request: Request) -> Outcome:
-        while True:
-            index = await self.balancer.place(request)
-            if index is None:
-                return self._outcome(request, None, 0, failed=True)
+        index = await self.balancer.place(request)
+        while index is not None:
             request.node, request.placed_s = index, clock_s()
             request.attempts += 1
             found = await self.nodes[index].serve(request, self.balancer)
@@ -223,8 +223,8 @@ class World:
             if isinstance(found, FinalStats):
                 self.balancer.ended(request, found)
                 return self._outcome(request, index, found.output_tokens or 0)
-            if not self.balancer.failed(request, found):
-                return self._outcome(request, index, 0, failed=True)
+            index = await self.balancer.failed(request, found)
+        return self._outcome(request, None, 0, failed=True)
 
     def _outcome(self, request: Request, node: int | None, tokens: int, *, failed: bool = False) -> Outcome:
         total_s = clock_s() - request.sent_s
