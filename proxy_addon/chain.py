@@ -47,6 +47,7 @@ from proxy_addon.plans import Plans
 from proxy_addon.protect import protect
 from proxy_addon.replicas.hands import Hands
 from proxy_addon.replicas.keeper import Keeper
+from proxy_addon.replicas.snapshot import in_line
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
 from proxy_addon.settings import Address, Settings
@@ -116,7 +117,12 @@ class Sollol:
             self.watch.refresh_resident,
         )
         self.keeper = Keeper(
-            hands, self.dispatch.rules, _now, self.journal.note, self.telemetry.replica_acted
+            hands,
+            self.dispatch.rules,
+            _now,
+            self.journal.note,
+            self.telemetry.replica_acted,
+            partial(in_line, self.dispatch.admission),
         )
         self.prober = Prober(self.fleet, self.speeds, self.session, _now, guard.stamp, self.journal.note)
         budget = Budget(

@@ -60,9 +60,9 @@ class Hands:
         stays = FOREVER if action.pinned else f"{ABANDONED * self.settings.replication.idle_s:.0f}s"
         try:
             answer = await self._send(node, key, {"keep_alive": stays, "options": dict(ask.reload_key)})
-            await self._refresh([node])
         finally:
             flight.drop()
+        await self._refresh([node])  # news, at which who waits for a slot looks at the node again
         if classify("status", answer.status, answer.error, ask.endpoint) is Meaning.TOO_SMALL:
             node.unfit_until_s[key] = self._now() + UNFIT_S
         return answer

@@ -171,7 +171,6 @@ class _Planner:
             rest = wanted.slots - sum(r.slots for r in wanted.runners if r.node == node)
             if (
                 idle_s >= self.rules.idle_s
-                and rest > 0
                 and max(wanted.wait_s, expected_wait_s(wanted, rest)) < CALM * self.rules.pressure_s
                 and key not in self.pinned.get(node, ())
                 and self._settled(key, node)

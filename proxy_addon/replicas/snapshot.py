@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent.ollama import names
+from proxy_addon.admission.admission import Admission
 from proxy_addon.ask import Ask, ReloadKey
 from proxy_addon.endpoints import match
 from proxy_addon.fleet import hardware
@@ -94,6 +95,11 @@ def wanted(
             model = Wanted(model.rate_per_s, each_s, wait_s, runners, places)
         found[key] = model
     return found
+
+
+def in_line(admission: Admission) -> Iterator[tuple[str, float]]:
+    """The model of each request that waits in the proxy's own line, and how long it has waited."""
+    return ((standing.waiter.ask.key, standing.waited_s) for standing in admission.standings())
 
 
 def stand(
