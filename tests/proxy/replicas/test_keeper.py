@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from rich.console import Console
 
+from proxy_addon.commands.status import render
 from proxy_addon.fleet.node import Node
 from tests.fakes.fixtures import AgentFactory, NodeFactory
 from tests.fakes.ollama_node import FakeOllama
@@ -41,6 +44,13 @@ async def chat(session: aiohttp.ClientSession, proxy: RunningProxy, **more: Any)
 async def status(session: aiohttp.ClientSession, proxy: RunningProxy) -> dict[str, Any]:
     async with session.get(f"{proxy.url}/sollol/status") as answer:
         return await answer.json()  # type: ignore[no-any-return]
+
+
+def shown(told: dict[str, Any]) -> str:
+    """What `sollol status` prints."""
+    page = Console(width=200, file=io.StringIO())
+    page.print(render(told))
+    return page.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def ours(node: FakeOllama) -> list[dict[str, Any]]:
@@ -285,9 +295,9 @@ async def test_a_pin_is_met_by_a_node_that_joins(
     async with RunningProxy([a], pin=["llama3.2"]) as proxy, aiohttp.ClientSession() as session:
         await polled(a)
         why = "llama3.2:latest cannot be pinned: no node has it"
-        assert (await status(session, proxy))["pins"] == [
-            {"model": "llama3.2:latest", "node": None, "state": "missing", "why": why}
-        ]
+        told = await status(session, proxy)
+        assert told["pins"] == [{"model": "llama3.2:latest", "node": None, "state": "missing", "why": why}]
+        assert shown(told).splitlines()[-1].strip() == f"{why}."
         proxy.sollol.fleet.add(Node(late.server.host, late.server.port))
         await kept(late)
         await noted(proxy, late, 1)
