@@ -76,6 +76,7 @@ def pack(record: Record, ended_at: datetime) -> Entry:
         "first_byte_s": _since(started_s, record.first_byte_s),
         "queued_s": None if record.queued_s is None else round(record.queued_s, 6),
         "queue_position": record.queue_position,
+        "expected_wait_s": None if record.expected_wait_s is None else round(record.expected_wait_s, 6),
     }
     if ask is not None:
         made |= zip(ASK_FIELDS, _ask_fields(ask), strict=True)

@@ -30,6 +30,7 @@ class Other:
     placement: str | None = None
     specialise: Mapping[str, tuple[str, ...]] = AS_IT_WAS  #: kind of task → its nodes, for these kinds
     specialise_factor: float | None = None
+    ahead_s: float = 0.0  #: a node whose slot is free within that has one free
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ def replay(entries: Iterable[Entry], other: Other) -> Replayed:
 def _again(entry: Entry, number: int, decision: Mapping[str, Any], other: Other) -> Again:
     ask, rows = _under(other, *_known(decision))
     before = next(row for row in rows if row.node == decision["node"])
-    chosen = choose(other.placement or decision["policy"], ask, rows)
-    assert chosen is not None  # for there is at least the row of before
-    after = rows[chosen]
+    policy = other.placement or decision["policy"]
+    if policy != decision["policy"]:
+        rows = _offered(policy, ask, rows, other.ahead_s)
+    after = rows[choose(policy, ask, rows)]
     return Again(
         *(entry["id"], number, entry["at"], entry["client"], names.display(entry["model"])),
         *(before.node, after.node),
@@ -105,9 +107,19 @@ def _under(
     if other.specialise_factor is not None:
         ask = replace(ask, specialise_factor=other.specialise_factor)
     if (named := other.specialise.get(ask.kind)) is not None:
-        some = any(row.node in named for row in rows)
-        rows = [replace(row, outside=some and row.node not in named) for row in rows]
+        # Where none of them may serve, all others are outside alike, which changes nothing.
+        rows = [replace(row, outside=bool(named) and row.node not in named) for row in rows]
     return ask, rows
+
+
+def _offered(policy: str, ask: AskFeatures, rows: Sequence[Features], ahead_s: float) -> Sequence[Features]:
+    """Those of ``rows`` that admission would let ``policy`` choose from.
+
+    Where it does not count seconds, it is asked among the nodes that have a slot free, if there are any.
+    """
+    if "wait_s" in POLICIES[policy].terms(ask, rows[0]):
+        return rows
+    return [row for row in rows if row.wait_s <= ahead_s] or rows
 
 
 def _expected_s(ask: AskFeatures, row: Features) -> float:

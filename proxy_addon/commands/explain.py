@@ -38,7 +38,7 @@ def explain(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="List what the proxy did by itself in place of a request: action."),
+        typer.Option(metavar="KIND", help="List what the proxy did by itself: replica or probe."),
     ] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
@@ -157,11 +157,11 @@ def _asked(made: dict[str, Any]) -> str:
     if "kind" not in made:
         return ""
     wants = ", with a GPU" if made["requires_gpu"] else ""
-    queued_s, position = made.get("queued_s"), made.get("queue_position")
-    waited = f", queued for {human_s(queued_s)}" if queued_s else ""
-    behind = f" at position {position}" if queued_s and position else ""
-    what = f"{made['kind']} ({made['complexity']}{wants})"
-    return f"\nasked for {what}, priority {made['priority']}{waited}{behind}"
+    said = f"\nasked for {made['kind']} ({made['complexity']}{wants}), priority {made['priority']}"
+    if (position := made.get("queue_position")) is None:
+        return said
+    waited_s, expected_s = human_s(made["queued_s"]), human_s(made["expected_wait_s"])
+    return f"{said}, waited {waited_s} in line at place {position}, {expected_s} expected"
 
 
 def _decision(number: int, decision: dict[str, Any]) -> RenderableType:

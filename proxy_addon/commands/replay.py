@@ -134,6 +134,7 @@ def _other(sets: Sequence[str], config: Path | None, state_dir: Path | None) -> 
                 if kind in changed.get("specialise", {})
             },
             settings.specialise_factor if "specialise_factor" in changed else None,
+            settings.admission.ahead_s,
         ),
         settings,
     )

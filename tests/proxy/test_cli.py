@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any, cast
+from typing import Any
 
 import orjson
 import pytest
@@ -27,17 +27,13 @@ from proxy_addon.admin import Admin
 from proxy_addon.commands import explain
 from proxy_addon.commands.client import NoAnswer, human_bytes, human_s
 from proxy_addon.commands.models import by_model
-from proxy_addon.dispatch import Dispatch
-from proxy_addon.fleet.node import Fleet
-from proxy_addon.journal import Journal
 from proxy_addon.placement.decision import Candidate, Decision
 from proxy_addon.record import Record
 from proxy_addon.settings import Settings
-from proxy_addon.telemetry import Telemetry
-from tests.proxy.test_admin import StandIn
-from tests.proxy.test_telemetry import KEY, NOW_S, fleet, record
+from tests.proxy.test_admin import admin
+from tests.proxy.test_telemetry import KEY, fleet, record
 
-__all__ = ["fleet"]  # the fixture
+__all__ = ["admin", "fleet"]  # the fixtures
 
 
 def run(*args: str, env: dict[str, str] | None = None) -> Result:
@@ -68,12 +64,6 @@ def serving(answer: Any) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.fixture
-def admin(fleet: Fleet, tmp_path: Path) -> Admin:
-    telemetry = Telemetry(fleet, lambda: NOW_S)
-    return Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings())))
 
 
 @pytest.fixture
@@ -297,7 +287,7 @@ ENTRY: dict[str, Any] = {
     **dict.fromkeys(("at", "client", "protocol", "path", "outcome", "node", "model"), "text"),
     **{"status": 200, "duration_s": 1.5, "first_byte_s": 0.5, "shard_plan": "p"},
     **{"kind": "generation", "complexity": "simple", "requires_gpu": True, "priority": 5},
-    **{"queued_s": 1.5, "queue_position": 3},
+    **{"queued_s": 1.5, "queue_position": 3, "expected_wait_s": 2.0},
     "decisions": [
         {
             **{"policy": "score", "node": "a:1", "reason": "text", "candidates_left_out": 2},
@@ -357,9 +347,8 @@ def test_what_explain_cannot_show_is_one_sentence() -> None:
 def test_explain_tells_what_was_asked_for_and_how_long_it_waited() -> None:
     with serving(lambda _: (200, orjson.dumps(ENTRY))) as url:
         shown = run("explain", "x", "--url", url).output
-    assert (
-        "\nasked for generation (simple, with a GPU), priority 5, queued for 1.5 s at position 3\n" in shown
-    )
+    wanted = "\nasked for generation (simple, with a GPU), priority 5"
+    assert f"{wanted}, waited 1.5 s in line at place 3, 2.0 s expected\n" in shown
 
 
 def test_explain_lists_what_the_proxy_did_by_itself(url: str, admin: Admin) -> None:

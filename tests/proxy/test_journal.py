@@ -50,7 +50,7 @@ def finished(name: str, candidates: int = 2) -> Record:
     record.first_byte_s, record.ended_s = 102.0, 104.0
     record.stats = FinalStats(output_tokens=7)
     record.outcome, record.status = "ok", 200
-    record.queued_s, record.queue_position = 1 / 3, 2
+    record.queued_s, record.queue_position, record.expected_wait_s = 1 / 3, 2, 1 / 7
     return record
 
 
@@ -66,7 +66,7 @@ def test_an_entry_tells_the_whole_way() -> None:
     assert (made["path"], made["model"], made["node"]) == ("/api/chat", "gemma3", "n1:1")
     assert (made["client"], made["kind"], made["complexity"]) == ("10.0.0.9", "generation", "simple")
     assert (made["priority"], made["requires_gpu"]) == (5, False)
-    assert (made["queued_s"], made["queue_position"]) == (0.333333, 2)
+    assert (made["queued_s"], made["queue_position"], made["expected_wait_s"]) == (0.333333, 2, 0.142857)
     assert made["attempts"][0] == {
         "node": "n0:1",
         "started_s": 0.5,

@@ -79,6 +79,20 @@ def test_a_choice_by_hand_under_another_policy() -> None:
     assert other.after == "small:1"
 
 
+def test_a_policy_that_counts_no_seconds_is_asked_among_those_with_a_slot_free() -> None:
+    waits = big()
+    waits.turn = 1
+    recorded = [entry("a", decision("small:1", [waits, small()]))]
+    assert [each.after for each in again(recorded, Other("round_robin", ahead_s=0.05))] == ["small:1"]
+    assert [each.after for each in again(recorded, Other("round_robin", ahead_s=0.5))] == ["big:1"]
+    both = small(wait_s=2.0)
+    recorded = [entry("a", decision("big:1", [waits, both]))]
+    assert [each.after for each in again(recorded, Other("round_robin", ahead_s=0.05))] == ["big:1"]
+    # What was chosen so is chosen again, whatever it waited for: requests that only load stand in no line.
+    recorded = [entry("a", decision("big:1", [waits, small()], policy="round_robin"))]
+    assert [each.after for each in again(recorded, Other(ahead_s=0.05))] == ["big:1"]
+
+
 def test_the_score_s_own_factors_decide() -> None:
     near, far = big(poll_latency_s=0.0), small(poll_latency_s=0.5)
     recorded = [entry("a", decision("far", [near, far])), entry("b", decision("small:1", [near, far]))]
@@ -86,7 +100,7 @@ def test_the_score_s_own_factors_decide() -> None:
     # 100 ÷ 1 ÷ (1 + 2 in flight) = 33.3 beside 100 ÷ 1.5 = 66.7
     assert (other.id, other.after) == ("b", "small:1")
     idle = big(poll_latency_s=0.0)
-    idle.in_flight = 0
+    idle.in_flight, idle.wait_s = 0, 0.0
     [other] = again([entry("b", decision("small:1", [idle, far]))], Other("score"))
     assert other.after == "big:1"
 
