@@ -52,7 +52,7 @@ class FinishTime:
         key, prefix = scene.ask.key, scene.ask.prefix
         prompt, output = scene.features.prompt_tokens, scene.features.output_tokens
         return [
-            (prompt if not prefix else max(prompt - place.node.prefixes.cached_tokens(key, prefix), 0.0))
+            (prompt if not prefix else max(prompt - scene.cached_tokens(place.node), 0.0))
             * place.s_per_prompt_token
             + output * place.s_per_output_token
             + (0.0 if key in place.node.in_use else place.absent_load_s)

@@ -105,6 +105,12 @@ class Scene:
     wanted: tuple[object, ...]  #: of the request, what decides which runner can serve it
     outside: bool = False  #: the places looked at are not those that are set to do this kind
 
+    def cached_tokens(self, node: Node) -> float:
+        """Tokens of the prompt that are expected in the prefix cache of ``node``, as the model counts."""
+        ask = self.ask
+        cached = node.prefixes.cached_tokens(ask.key, ask.prefix)
+        return cached * self.features.prompt_tokens / max(ask.prompt_tokens, 1) if cached else 0.0
+
 
 class Policy(Protocol):
     """How nodes are compared: pure functions of what is known of the request and of a node."""

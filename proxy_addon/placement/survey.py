@@ -9,6 +9,7 @@ from __future__ import annotations
 from proxy_addon.ask import Ask
 from proxy_addon.fleet import hardware
 from proxy_addon.fleet.node import Node
+from proxy_addon.fleet.patience import overrun
 from proxy_addon.placement.features import Features
 from proxy_addon.placement.runner import Start, loading, start
 from proxy_addon.placement.scene import Place, Scene, Starts
@@ -26,7 +27,9 @@ def features(scene: Scene, place: Place) -> Features | str:
     if isinstance(begin, str):
         return begin
     flights = node.flights
-    cached = node.prefixes.cached_tokens(ask.key, ask.prefix) if ask.prefix else 0
+    cached = (
+        scene.cached_tokens(node) if ask.prefix and not begin.loads else 0.0
+    )  # a new runner holds nothing
     row = starts.row
     if (
         row is not None
@@ -45,8 +48,13 @@ def features(scene: Scene, place: Place) -> Features | str:
         offload = hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
     wait_s, load_s = 0.0, estimate.load_s if begin.loads else 0.0
     waits = bool(node.loads)
-    beside, runners, slow, added, work_s = 0, 0, 1.0, 0.0, 0.0
+    beside, runners, slow, added, work_s, late = 0, 0, 1.0, 0.0, 0.0, 1.0
+    notes = begin.notes
     if flights:
+        late = overrun(node, scene.speeds, scene.now_s)
+        if late > 1:
+            waits = True
+            notes = (*notes, f"late: takes {late:.1f} times as long as expected")
         slots = scene.slots or place.slots
         mine = node.in_use.get(ask.key, 0)
         beside = mine if mine < slots else slots - 1
@@ -73,8 +81,8 @@ def features(scene: Scene, place: Place) -> Features | str:
         place.name,
         wait_s,
         load_s,
-        place.s_per_prompt_token,
-        place.s_per_output_token,
+        place.s_per_prompt_token * late,
+        place.s_per_output_token * late,
         offload,
         begin.gpu_share,
         beside,
@@ -95,7 +103,7 @@ def features(scene: Scene, place: Place) -> Features | str:
         node.priority,
         bool(node.preferred_tasks) and prefers(node, ask),
         scene.outside,
-        begin.notes,
+        notes,
     )
     if not waits and starts is place.starts:
         starts.row, starts.row_s = row, second_s

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.measured import OfModel
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.placement.policies import decide
+from proxy_addon.prefix import prefix_of
+from proxy_addon.prompt import parts_of
 from tests.proxy.placement.worlds import NOW_S, ask, name, node, report, resident
 
 DEFAULT_NUM_CTX = 4096  #: of the nodes, which have 8 GiB
@@ -76,3 +80,33 @@ def test_options_that_mean_the_same_share_a_runner() -> None:
     for turn in range(6):
         world.serve((None, DEFAULT_NUM_CTX)[turn % 2], NOW_S + 5.0 * turn)
     assert world.loads == []
+
+
+def test_a_cache_is_worth_nothing_where_the_model_must_be_loaded_anew() -> None:
+    world = house([500e9])
+    prefix = prefix_of(parts_of({"prompt": "x" * 800}))
+    only = world.fleet.nodes[name(0)]
+    only.loaded_with["m"] = ()
+    only.take(ask(prefix=prefix), NOW_S, 1.0).drop()
+
+    def expected(**more: Any) -> float:
+        (row,) = decide(ask(prefix=prefix, **more), world.fleet, world.speeds, NOW_S).rows
+        return row.cached_tokens
+
+    assert expected() == 200
+    assert expected(num_ctx=8192) == 0
+    only.holds({})
+    assert expected() == 0
+
+
+def test_cached_tokens_are_counted_as_those_of_the_prompt_are() -> None:
+    """A model whose tokens are shorter than the estimate has more of them, in the prompt and in its cache."""
+    world = house([500e9])
+    prefix = prefix_of(parts_of({"prompt": "x" * 800}))
+    world.fleet.nodes[name(0)].take(ask(prefix=prefix), NOW_S, 1.0).drop()
+    for _ in range(5):
+        world.speeds.models.setdefault("m", OfModel()).prompt_ratio.add(2.0)
+    decision = decide(ask(prefix=prefix), world.fleet, world.speeds, NOW_S)
+    assert decision.ask is not None
+    assert decision.rows[0].cached_tokens == pytest.approx(decision.ask.prompt_tokens)
+    assert decision.ask.prompt_tokens > 300
