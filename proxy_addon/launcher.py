@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -31,6 +32,10 @@ from proxy_addon.lean_addons import LeanAddons
 from proxy_addon.settings import Settings
 
 log = logging.getLogger("sollol")
+
+#: Connections that may wait to be accepted. mitmproxy leaves it at asyncio's 100: of a burst beyond that each
+#: is dropped without a word, and tried anew by its client's kernel a second later, then three, then seven.
+BACKLOG = 4096
 
 
 class LeanMaster(master.Master):
@@ -97,6 +102,7 @@ async def _serve(settings: Settings) -> int:
 
 def _loop() -> asyncio.AbstractEventLoop:
     loop = uvloop.new_event_loop()
+    loop.create_server = partial(loop.create_server, backlog=BACKLOG)  # type: ignore[method-assign]
     make_eager = asyncio.eager_task_factory
 
     def factory(
