@@ -21,7 +21,8 @@ from proxy_addon.record import Attempt, Record
 
 Entry = dict[str, Any]
 
-CANDIDATES = 50  #: in an entry; of a larger fleet the cheapest, with the number left out
+CANDIDATES = 50  #: in an entry; of a larger fleet the cheapest, with the number left out, and of those who
+#: might have served it the number that are ``unseen``: left out, or never worked out as they could not win
 
 #: Of an ask, what an entry says.
 ASK_FIELDS = (
@@ -123,6 +124,8 @@ def _decision(decision: Decision) -> Entry:
     }
     if left_out > 0:
         made["candidates_left_out"] = left_out
+    if unseen := decision.left + max(len(rows) - CANDIDATES, 0):  # those who may not serve come last
+        made["unseen"] = unseen
     return made
 
 

@@ -60,7 +60,7 @@ class Replayed:
     again: list[Again] = field(default_factory=list)
     requests: int = 0  #: whose decisions these are
     bare: int = 0  #: decisions of which the journal does not say what they were made of
-    partial: int = 0  #: decisions among so many nodes that not all of them were worked out or kept
+    partial: int = 0  #: decisions among so many nodes that not all of them were worked out and kept
 
 
 def replay(entries: Iterable[Entry], other: Other) -> Replayed:
@@ -75,7 +75,7 @@ def replay(entries: Iterable[Entry], other: Other) -> Replayed:
             except (LookupError, TypeError, ValueError, ArithmeticError):  # of another version, or damaged
                 done.bare += 1
             else:
-                done.partial += bool(decision.get("candidates_left_out"))
+                done.partial += bool(decision.get("unseen"))
     return done
 
 

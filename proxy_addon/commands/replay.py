@@ -254,7 +254,7 @@ def _remarks(done: Replayed) -> Iterator[Text]:
         )
     if done.partial:
         yield Text(
-            f"In {done.partial} decisions there were more nodes than the journal keeps: they might have won."
+            f"In {done.partial} of them more nodes could have served than the journal has: they may have won."
         )
     yield Text("Seconds are what finish_time expected of a request: wait, load, prefill, decode.", "dim")
 

@@ -37,6 +37,7 @@ class Decision:
         "_reason",
         "ask",
         "awaits",
+        "left",
         "node",
         "policy",
         "rows",
@@ -57,6 +58,7 @@ class Decision:
         self.awaits = awaits  #: coordinators that could serve it, but not now; nobody else can
         self.ask = ask  #: what the policy read of the request
         self.rows = rows  #: and of each candidate that has a cost
+        self.left = 0  #: nodes that might serve it as well, but could not win and were not worked out
         self._how: Policy | None = None
         self._out: Sequence[tuple[str, str]] = ()
         self._candidates: tuple[Candidate, ...] | None = tuple(candidates)
@@ -74,13 +76,14 @@ class Decision:
         out: Sequence[tuple[str, str]] = (),
         remark: str = "",
         awaits: tuple[str, ...] = (),
+        left: int = 0,
     ) -> Decision:
         """``how``'s choice among ``rows``, that at ``chosen``; ``out`` are the others, each with the reason.
 
         ``remark`` is added to the reason; it is all of it where nobody is chosen.
         """
         made = cls(policy, None if chosen is None else rows[chosen].node, (), remark, awaits, ask, rows)
-        made._how, made._out, made._candidates = how, out, None
+        made._how, made._out, made._candidates, made.left = how, out, None, left
         return made
 
     @property

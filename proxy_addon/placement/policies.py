@@ -190,7 +190,7 @@ def _among(
     if search.left:
         remark += f"; {search.left} more nodes cannot be better"
     chosen = choose(policy, asked, search.rows)
-    return Decision.by(policy, how, asked, search.rows, chosen, search.out, remark)
+    return Decision.by(policy, how, asked, search.rows, chosen, search.out, remark, left=search.left)
 
 
 def _search(search: _Search, places: list[Place], rules: Rules, limit_bytes: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,10 +14,17 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
+from agent.report import Model
 from proxy_addon import cli
+from proxy_addon.ask import Ask
 from proxy_addon.commands.replay import Mistake, moment
-from proxy_addon.entry import CURRENT
+from proxy_addon.endpoints import ENDPOINTS
+from proxy_addon.entry import CANDIDATES, CURRENT, pack, unpack
+from proxy_addon.fleet.learning import Speeds
+from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.placement.features import AskFeatures, Features
+from proxy_addon.placement.policies import decide
+from proxy_addon.record import Record
 from proxy_addon.replay import Again, Other, moves, replay, summaries
 from tests.fakes.faults import named
 from tests.fakes.ollama_node import FakeModel, FakeOllama
@@ -26,7 +34,8 @@ from tests.proxy.asks import BY_NAME, ask
 from tests.proxy.running import RunningProxy
 
 NOW = datetime(2026, 8, 1, 12, 0, 0, tzinfo=UTC)
-NODES = ("big:1", "small:1")
+POLICIES = ("finish_time", "score", "least_loaded", "round_robin")
+CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.path == "/api/chat")
 
 
 def big(**known: Any) -> Features:
@@ -127,7 +136,7 @@ def test_what_cannot_be_made_again_is_counted() -> None:
     bare = decision("big:1", [big()])
     bare["candidates"][1].pop("features")  # as earlier versions wrote it
     unknown = decision("big:1", [big()], policy="of_tomorrow")
-    many = decision("big:1", [big()]) | {"candidates_left_out": 7}
+    many = decision("big:1", [big()]) | {"unseen": 7}
     nulls = decision("big:1", [big()])
     nulls["candidates"][1]["features"]["wait_s"] = None
     done = replay(
@@ -323,9 +332,33 @@ def test_a_journal_of_an_earlier_version_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_large_fleet_is_replayed_as_far_as_it_was_looked_at() -> None:
+    """With real decisions of a fleet of which only a part is worked out and kept."""
+    rng = random.Random(7)
+    fleet, speeds = Fleet(), Speeds()
+    for index in range(200):
+        node = fleet.add(Node("10.0.0.1", 1000 + index))
+        node.polled_s = 1.0
+        node.models["m:latest"] = Model(name="m", size=rng.randrange(1, 9) * GIB, digest="d", modified_at=NOW)
+        node.priority = rng.randrange(1, 11)
+        for _ in range(rng.randrange(3)):
+            node.take(Ask(CHAT, "m", "m:latest"), 0.5, rng.random() * 9)
+
+    def recorded(policy: str) -> dict[str, Any]:
+        made = Record("a", "native", 0.0, "", CHAT, Ask(CHAT, "m", "m:latest", prompt_tokens=99), ended_s=2.0)
+        made.decisions = [decide(made.ask, fleet, speeds, 1.0, policy)] if made.ask else []
+        return unpack(orjson.loads(orjson.dumps(pack(made, NOW))), CURRENT)
+
+    for policy in POLICIES:
+        entry_ = recorded(policy)
+        assert len(entry_["decisions"][0]["candidates"]) <= CANDIDATES
+        done = replay([entry_], Other())
+        assert [(each.moved, each.before_s) for each in done.again] == [(False, done.again[0].after_s)]
+        assert done.partial == 1
+
+
 # the real proxy
 
-POLICIES = ("finish_time", "score", "least_loaded", "round_robin")
 MODELS = [FakeModel("llama3.2", size=2 * GIB), FakeModel("gemma3", size=3 * GIB)]
 
 
