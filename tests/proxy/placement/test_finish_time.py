@@ -234,7 +234,7 @@ def test_more_in_flight_never_makes_a_node_cheaper(
     n = node(fleet, 1, parallel=parallel, resident={"m": resident()} if is_resident else {})
     key = "m" if is_resident else "other"
     cost = candidate(fleet, 1).cost
-    for age_s, expected_s, share in flights:
+    for age_s, expected_s, share in sorted(flights, reverse=True):  # as they came
         n.take(ask(key), NOW_S - age_s, expected_s, service_s=expected_s * share)
         more = candidate(fleet, 1).cost
         assert more >= cost - 1e-9
