@@ -8,7 +8,6 @@ counted on.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from proxy_addon.prefix import Prefix
@@ -39,16 +38,15 @@ class Slot:
 
     def cached_tokens(self, prefix: Prefix) -> int:
         """Tokens at the beginning of ``prefix`` that are held."""
-        if prefix[0][0] not in self.held:
-            return 0
-        found, tokens = prefix[bisect_left(prefix, True, key=self._lacks) - 1]
+        held, found, tokens = self.held, b"", 0
+        if prefix[0][0] in held:
+            found, tokens = prefix[0]
+            if len(prefix) > 1 and prefix[1][0] in held:  # mostly all but a new turn
+                found, tokens = next(link for link in reversed(prefix) if link[0] in held)
         if found != self.last:
             return tokens
         # It goes on where the former prompt ended, hence with the answer.
         return min(tokens + self.output_tokens, prefix[-1][1])
-
-    def _lacks(self, link: tuple[bytes, int]) -> bool:
-        return link[0] not in self.held
 
 
 class PrefixCache:
@@ -81,7 +79,13 @@ class PrefixCache:
     def cached_tokens(self, key: str, prefix: Prefix) -> int:
         """How many tokens of ``prefix`` the model ``key`` would not have to evaluate here."""
         runner = self._runners.get(key)
-        return _best(runner, prefix)[1] if runner and prefix else 0
+        if not runner or not prefix:
+            return 0
+        first = prefix[0][0]
+        for slot in runner:
+            if first in slot.held:
+                return _best(runner, prefix)[1]
+        return 0
 
     def forget(self, key: str) -> None:
         """The runner of the model ``key`` is gone, or another."""
@@ -90,10 +94,14 @@ class PrefixCache:
 
 def _best(runner: list[Slot], prefix: Prefix) -> tuple[Slot, int]:
     """The slot that holds most of ``prefix``, and how many tokens; of those that are free, if any is."""
-    best, most = runner[0], 0
-    free = any(not slot.users for slot in runner)
+    best, most, free, first = runner[0], 0, False, prefix[0][0]
     for slot in runner:
-        if not (free and slot.users):
+        if slot.users:
+            if free:
+                continue
+        elif not free:
+            best, most, free = slot, 0, True
+        if first in slot.held:
             tokens = slot.cached_tokens(prefix)
             if tokens > most:
                 best, most = slot, tokens
