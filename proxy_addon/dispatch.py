@@ -15,8 +15,9 @@ from mitmproxy import http
 
 from proxy_addon import errors
 from proxy_addon.admission import limits
-from proxy_addon.admission.admission import NOTHING, Admission, Waiter
+from proxy_addon.admission.admission import Admission
 from proxy_addon.admission.limits import Refused
+from proxy_addon.admission.waiter import NOTHING, Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from mitmproxy import http
 
-from proxy_addon.admission.admission import Waiter
+from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
 from proxy_addon.fleet.node import Flight, Node

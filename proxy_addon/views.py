@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.ollama import names
 from proxy_addon import load
-from proxy_addon.admission.admission import Standing
+from proxy_addon.admission.waiter import Standing
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.telemetry import Tally, Telemetry
 

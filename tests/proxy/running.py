@@ -21,6 +21,12 @@ FAST: dict[str, Any] = {
 }
 
 
+def with_slots(node: Any, parallel: int) -> dict[str, Any]:
+    """The setting of a fake node whose slots the proxy is told, as it cannot know them."""
+    host, _, port = node.host_port.rpartition(":")
+    return {"host": host, "port": int(port), "parallel": parallel}
+
+
 class RunningProxy:
     """``async with RunningProxy([node, …], timeouts={…}) as proxy: proxy.url``."""
 

@@ -14,7 +14,8 @@ from mitmproxy import http
 from mitmproxy.test import tflow
 
 from proxy_addon.admin import Admin
-from proxy_addon.admission.admission import Admission, Waiter
+from proxy_addon.admission.admission import Admission
+from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet

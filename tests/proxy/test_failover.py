@@ -24,7 +24,7 @@ from tests.fakes.faults import (
 from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.tokens import check_stream
 from tests.proxy.asks import BY_NAME, WAYS, Heard, Way, ask
-from tests.proxy.running import RunningProxy
+from tests.proxy.running import RunningProxy, with_slots
 
 PROMPT = "[[id:job]] [[n:12]] count"
 LIMITS = {"connect_s": 0.5, "first_byte_s": 0.7, "load_s": 0.3, "idle_s": 0.5, "whole_answer_s": 0.7}
@@ -178,7 +178,7 @@ async def test_a_node_that_dies_with_a_hundred_requests_loses_none_of_them() -> 
     prompts = [f"[[id:r{i}]] [[n:3]]" for i in range(200)]
     connector = aiohttp.TCPConnector(limit=0)
     async with (
-        RunningProxy(nodes, placement="round_robin") as proxy,
+        RunningProxy([with_slots(node, 100) for node in nodes], placement="round_robin") as proxy,
         aiohttp.ClientSession(connector=connector) as session,
     ):
         asking = asyncio.gather(*(ask(session, proxy.url, way, prompt) for prompt in prompts))
@@ -193,7 +193,7 @@ async def test_a_node_that_dies_with_a_hundred_requests_loses_none_of_them() -> 
 async def test_a_busy_node_that_answers_no_polls_keeps_what_flows_and_what_has_nowhere_to_go() -> None:
     node = await FakeOllama().start()
     prompt = "[[id:slow]] [[n:2500]]"
-    async with RunningProxy([node]) as proxy, aiohttp.ClientSession() as session:
+    async with RunningProxy([with_slots(node, 2)]) as proxy, aiohttp.ClientSession() as session:
         streaming = asyncio.create_task(ask(session, proxy.url, BY_NAME["generate"], prompt))
         await node.wait_received(1, path="/api/generate")
         waiting = asyncio.create_task(ask(session, proxy.url, BY_NAME["chat-whole"], PROMPT))  # for the slot

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.report import Gpu, Host, Model, Ollama, Report
-from proxy_addon.admission.admission import Waiter
+from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, match
 from proxy_addon.fleet.node import Fleet, Node
