@@ -164,7 +164,7 @@ def _among(
     asked = AskFeatures(
         0.0 if ask.load_only else speeds.prompt_tokens(ask),
         lengths.mean,
-        lengths.quantile(HIGH),
+        max(lengths.quantile(HIGH), lengths.mean),
         ask.priority,
         "embedding" if embeds else ask.kind,
         ask.complexity,

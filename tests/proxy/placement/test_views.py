@@ -71,7 +71,7 @@ class World:
 
 def _take(world: World, n: Node) -> None:
     asked = world.some_ask()
-    load = world.rng.random() < 0.3
+    load = world.rng.random() < 0.1
     flight = n.take(asked, world.now_s, world.rng.uniform(0.1, 9), load, world.rng.uniform(0.05, 0.1))
     if world.rng.random() < 0.7:
         n.loaded_with[asked.key] = asked.reload_key
@@ -152,7 +152,24 @@ def _become_coordinator(world: World, n: Node) -> None:
 
 
 EVENTS: list[Callable[[World, Node], object]] = [
-    *(_take, _take, _drop, _stream, _pass_time, _observe, _ask_for, _pin, _report, _polled, _hold, _hold),
+    *(
+        _take,
+        _take,
+        _take,
+        _take,
+        _drop,
+        _drop,
+        _drop,
+        _stream,
+        _pass_time,
+        _observe,
+        _ask_for,
+        _pin,
+        _report,
+        _polled,
+        _hold,
+        _hold,
+    ),
     *(_other_version, _lose_model, _shape, _become_coordinator),
     lambda world, n: n.health.failed(world.now_s, "reset", fatal=world.rng.random() < 0.5),
     lambda world, n: n.health.succeeded(),
