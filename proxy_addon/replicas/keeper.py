@@ -1,7 +1,7 @@
 """Acts on what ``plan.py`` and ``pins.py`` decide, and says why, in the journal.
 
 It looks at the fleet when there is news, when requests come and go, and when the last look said so; at most
-once in :data:`LOOK_EVERY_S`, and never while nothing can have changed.
+once in :data:`LOOK_EVERY_S`, in large fleets more seldom, and never while nothing can have changed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from proxy_addon.replicas import snapshot
 from proxy_addon.replicas.actions import Action, Keep, Load
 from proxy_addon.replicas.hands import Hands
 from proxy_addon.replicas.pins import PAUSE_S, Past, Pin, hold
-from proxy_addon.replicas.plan import State, plan
+from proxy_addon.replicas.plan import State, due, plan
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.1
+LOOK_SHARE = 0.05  #: of the time is spent on looks at most, however large the fleet
 SERVICE_GAIN = 0.1  #: of one request in what is expected of the next
 KIND = "replica"  #: of the notes in the journal
 
@@ -63,7 +64,7 @@ class Keeper:
         self._cut: dict[tuple[str, str], str] = {}  #: what is to end in the middle, and why
         self._loaded_s: dict[str, float] = {}  #: node → when our last load there ended
         self._timer: asyncio.TimerHandle | None = None
-        self._looked_s = -math.inf
+        self._next_look_s = -math.inf  #: the earliest
         self._running = False
 
     def start(self) -> None:
@@ -118,7 +119,7 @@ class Keeper:
 
     def _look_at(self, moment_s: float) -> None:
         """Look at ``moment_s`` or, if a look is due before, then."""
-        moment_s = max(moment_s, self._looked_s + LOOK_EVERY_S)
+        moment_s = max(moment_s, self._next_look_s)
         if self._timer is not None:
             if self._timer.when() <= moment_s:
                 return
@@ -126,11 +127,11 @@ class Keeper:
         self._timer = asyncio.get_running_loop().call_at(moment_s, self._look)
 
     def _look(self) -> None:
-        now_s = self._looked_s = self._now()
-        self._timer = None
+        now_s, self._timer = self._now(), None
         next_s = self._hold_pins(now_s)
         if self.settings.replicas == "auto":
             next_s = min(next_s, self._spread(now_s))
+        self._next_look_s = now_s + max(LOOK_EVERY_S, (self._now() - now_s) / LOOK_SHARE)
         if next_s < math.inf:
             self._look_at(next_s)
 
@@ -163,16 +164,16 @@ class Keeper:
     def _spread(self, now_s: float) -> float:
         """Load and give up replicas; when to look again."""
         limits = self.settings.replication
+        followed = {*self.state.met_s, *(key for key, _ in self.state.used_s)}
         models = snapshot.wanted(
-            self.fleet,
-            self.speeds,
-            self.rules,
-            self._service_s,
-            self._waiting(),
-            limits.pressure_s,
-            now_s,
-            {name for name in self.fleet.nodes if self._changing(name)},
+            self.fleet, self.speeds, self.rules, self._service_s, self._waiting(), followed, now_s
         )
+        busy = {name for name in self.fleet.nodes if self._changing(name)}
+        for key in due(models, self.state, limits, now_s):
+            found = snapshot.places(key, models[key], self.fleet, self.speeds, self.rules, busy, now_s)
+            models[key] = replace(models[key], places=found)
+            for name in {name for place in found for name in place.evicts} - models.keys():
+                models[name] = snapshot.resting(name, self.fleet, self.speeds, now_s)
         pinned = {node.name: node.pinned for node in self.fleet}
         made = plan(models, pinned, self.state, limits, now_s)
         self.state = made.state

@@ -115,6 +115,11 @@ def plan(
     return Plan(tuple(actions), planner.state(), planner.next_s())
 
 
+def due(models: Mapping[str, Wanted], state: State, rules: Replicas, now_s: float) -> list[str]:
+    """The models that :func:`plan` would load somewhere now, if it knew their places."""
+    return list(_Planner(models, {}, state, rules, now_s).overdue())
+
+
 class _Planner:
     """One plan in the making."""
 
@@ -181,10 +186,8 @@ class _Planner:
 
     def spread(self) -> Iterator[Load]:
         """Another runner for the models that have been pressed for long, the hardest pressed first."""
-        for key in sorted(self.since_s, key=lambda key: (-self.pressure[key], key)):
+        for key in self.overdue():
             lasted_s = self.now_s - self.since_s[key]
-            if lasted_s < self.rules.sustain_s:
-                continue
             useful = [place for place in self.models[key].places if self._useful(key, place)]
             if not useful:
                 continue
@@ -192,6 +195,12 @@ class _Planner:
             self.used_s[key, best.node] = self.now_s
             self._change(key, best.node)
             yield Load(key, best.node, self._reason(key, best, lasted_s))
+
+    def overdue(self) -> Iterator[str]:
+        """The models that have been pressed for long enough."""
+        for key in sorted(self.since_s, key=lambda key: (-self.pressure[key], key)):
+            if self.now_s - self.since_s[key] >= self.rules.sustain_s and key not in self.model_changed_s:
+                yield key
 
     def _useful(self, key: str, place: Place) -> bool:
         """Whether a runner at ``place`` helps, takes nothing from who needs it more, and is not rash."""

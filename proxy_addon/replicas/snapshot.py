@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from heapq import nlargest
 from typing import Any
 
 from agent.ollama import names
@@ -20,9 +21,11 @@ from proxy_addon.placement.rules import Rules
 from proxy_addon.placement.runner import Start, slots_of, start
 from proxy_addon.placement.view import unable
 from proxy_addon.replicas.pins import Past, Pin, Stand
-from proxy_addon.replicas.plan import Place, Runner, Wanted, expected_wait_s
+from proxy_addon.replicas.plan import Place, Runner, Wanted
 
 GENERATE = "/api/generate"
+MANY_EXCLUDED = 6  #: a sentence names so many nodes
+MOST_PLACES = 32  #: as many as a decision works out in full
 ELSEWHERE = "is not the node that it is pinned to"
 
 
@@ -62,39 +65,82 @@ def wanted(
     rules: Rules,
     service_s: Mapping[str, float],
     waiting: Iterable[tuple[str, float]],
-    limit_s: float,
+    followed: Collection[str],
     now_s: float,
-    busy: Collection[str] = (),
 ) -> dict[str, Wanted]:
-    """Every model that is in some node's memory, or on its way there, by canonical name.
+    """Every model that somebody asks for now, and those ``followed`` all the same; places apart.
 
-    ``service_s`` says how long a request of a model keeps a slot; ``waiting`` has the model of each request
-    in the proxy's own line, and how long it has waited. Where a model could be loaded besides is worked out
-    only if its pressure is above ``limit_s``; not on the nodes that are ``busy`` with a change.
+    By canonical name; only such that are in some node's memory, or on their way there. ``service_s`` says how
+    long a request of a model keeps a slot; ``waiting`` has the model of each request in the proxy's own line,
+    and how long it has waited.
     """
-    at: dict[str, list[Node]] = {}
     in_line: dict[str, list[float]] = {}
     for key, waited_s in waiting:
         in_line.setdefault(key, []).append(waited_s)
-    for node in fleet.up(now_s):
-        if not node.coordinator:
-            for key in {*node.resident, *(flight.ask.key for flight in node.flights)}:
-                if key in node.models and key not in rules.models:
-                    at.setdefault(key, []).append(node)
+    nodes = [node for node in fleet.up(now_s) if not node.coordinator]
+    asked = {*followed, *in_line, *(key for node in nodes for key in node.in_use)} - rules.models
     found = {}
-    for key, nodes in at.items():
-        runners = tuple(_runner(node, key, now_s) for node in nodes)
-        each_s = service_s.get(key) or _expected_service_s(nodes, key)
-        wait_s = min(runner.wait_s(each_s) for runner in runners)
-        if line := in_line.get(key):
-            wait_s = max(wait_s + len(line) * each_s / sum(r.slots for r in runners), *line)
-        model = Wanted(speeds.demand.rate_per_s(key, None, now_s), each_s, wait_s, runners)
-        if max(wait_s, expected_wait_s(model)) > limit_s:
-            there = {node.name for node in nodes}
-            places = tuple(_places(key, fleet, speeds, rules, each_s, now_s, there, busy))
-            model = Wanted(model.rate_per_s, each_s, wait_s, runners, places)
-        found[key] = model
+    for key in asked:
+        at = [n for n in nodes if (key in n.resident or key in n.in_use) and key in n.models]
+        if at:
+            found[key] = _asked(key, at, speeds, service_s, in_line.get(key, ()), now_s)
     return found
+
+
+def resting(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> Wanted:
+    """A model that nobody asks for at this moment: its demand, and who has it in memory."""
+    runners = tuple(Runner(node.name) for node in fleet.up(now_s) if key in node.resident)
+    return Wanted(speeds.demand.rate_per_s(key, None, now_s), 0.0, 0.0, runners)
+
+
+def _asked(
+    key: str,
+    nodes: Collection[Node],
+    speeds: Speeds,
+    service_s: Mapping[str, float],
+    line_s: Collection[float],
+    now_s: float,
+) -> Wanted:
+    """A model that is asked for: how long requests wait on the nodes that have it, and in the line."""
+    ask = load_ask(key)
+    runners = tuple(_runner(node, ask, now_s) for node in nodes)
+    each_s = service_s.get(key) or _expected_service_s(nodes, key)
+    wait_s = min(runner.wait_s(each_s) for runner in runners)
+    if line_s:
+        wait_s = max(wait_s + len(line_s) * each_s / sum(runner.slots for runner in runners), *line_s)
+    return Wanted(speeds.demand.rate_per_s(key, None, now_s), each_s, wait_s, runners)
+
+
+def places(
+    key: str,
+    model: Wanted,
+    fleet: Fleet,
+    speeds: Speeds,
+    rules: Rules,
+    busy: Collection[str],
+    now_s: float,
+) -> tuple[Place, ...]:
+    """The nodes that could load ``key`` besides those that have it, and those ``busy`` with a change.
+
+    Of a large fleet the :data:`MOST_PLACES` that promise most.
+    """
+    ask = load_ask(key, options_in_use(fleet, key))
+    out = {*busy, *(runner.node for runner in model.runners)}
+    speed = {node: _estimate(node, key, speeds) for node in fleet.holders(key, now_s) if not node.coordinator}
+    present_tok_s = max((each.decode_tok_s for node, each in speed.items() if node.name in out), default=None)
+    able = (node for node in speed if node.name not in out and unable(node, key, now_s) is None)
+    best = nlargest(MOST_PLACES, able, lambda node: speed[node].decode_tok_s / (1 + len(node.flights)))
+    found = []
+    for node in best:
+        begin = _start(node, ask, fleet, speeds)
+        if isinstance(begin, str) or begin.gpu_share < rules.min_gpu_share:
+            continue
+        slower = present_tok_s / speed[node].decode_tok_s if present_tok_s else 1.0
+        if begin.gpu_share < 1:
+            slower *= hardware.offload_slowdown(begin.gpu_share, speed[node].hardware.cpu_slowdown)
+        each_s, load_s = model.service_s * slower, speed[node].load_s
+        found.append(Place(node.name, each_s, load_s, begin.evicts, len(node.flights)))
+    return tuple(found)
 
 
 def in_line(admission: Admission) -> Iterator[tuple[str, float]]:
@@ -127,7 +173,8 @@ def stand(
         return Stand(best.name, stays_s=holding[best], also=also)
     excluded = {name: ELSEWHERE for name in fleet.nodes if pin.node not in (None, name)}
     ask = load_ask(key)
-    for node, _, begin in _starts(ask, fleet, speeds, now_s):
+    for node in fleet.holders(key, now_s):
+        begin = _start(node, ask, fleet, speeds) if node.pinned and not node.coordinator else ""
         if isinstance(begin, Start) and (ousted := node.pinned.intersection(begin.evicts)):
             pinned = ", ".join(map(names.display, sorted(ousted)))
             excluded.setdefault(node.name, f"would give up {pinned}, which is pinned there")
@@ -136,8 +183,9 @@ def stand(
         return Stand(decision.node)
     if fleet.nobody_stores(key):
         return Stand(None, "no node has it")
-    why = [f"{c.node} {c.excluded}" for c in decision.candidates if c.excluded not in (None, ELSEWHERE)]
-    return Stand(None, "; ".join(why) or decision.reason)
+    having = {pin.node} if pin.node is not None else {node.name for node in fleet if key in node.models}
+    why = [f"{c.node} {c.excluded}" for c in decision.candidates if c.excluded and c.node in having]
+    return Stand(None, "; ".join(why[:MANY_EXCLUDED]) or decision.reason)
 
 
 def _stays_s(node: Node, key: str) -> float | None:
@@ -148,11 +196,12 @@ def _stays_s(node: Node, key: str) -> float | None:
     return (row.expires_at - datetime.now(UTC)).total_seconds() if row.expires_at else math.inf
 
 
-def _runner(node: Node, key: str, now_s: float) -> Runner:
-    flights = sorted(
-        (flight for flight in node.flights if flight.ask.key == key), key=lambda flight: flight.started_s
-    )
-    slots = slots_of(node, flights[0].ask if flights else load_ask(key), node.models[key])
+def _runner(node: Node, ask: Ask, now_s: float) -> Runner:
+    key, row = ask.key, node.models[ask.key]
+    if key not in node.in_use:
+        return Runner(node.name, slots_of(node, ask, row))
+    flights = sorted((f for f in node.flights if f.ask.key == key), key=lambda flight: flight.started_s)
+    slots = slots_of(node, flights[0].ask if flights else ask, row)
     waited_s = now_s - flights[slots].started_s if len(flights) > slots else 0.0
     return Runner(node.name, slots, len(flights), waited_s)
 
@@ -163,41 +212,14 @@ def _expected_service_s(nodes: Collection[Node], key: str) -> float:
     return sum(expected) / len(expected) if expected else 0.0
 
 
-def _places(
-    key: str,
-    fleet: Fleet,
-    speeds: Speeds,
-    rules: Rules,
-    service_s: float,
-    now_s: float,
-    there: Collection[str],
-    busy: Collection[str],
-) -> Iterator[Place]:
-    """The nodes that could load ``key`` besides those where it is ``there``."""
-    ask = load_ask(key, options_in_use(fleet, key))
-    found = list(_starts(ask, fleet, speeds, now_s))
-    present_tok_s = [estimate.decode_tok_s for node, estimate, _ in found if node.name in there]
-    for node, estimate, begin in found:
-        if node.name in there or node.name in busy or isinstance(begin, str):
-            continue
-        if begin.gpu_share < rules.min_gpu_share:
-            continue
-        slower = max(present_tok_s) / estimate.decode_tok_s if present_tok_s else 1.0
-        if begin.gpu_share < 1:
-            slower *= hardware.offload_slowdown(begin.gpu_share, estimate.hardware.cpu_slowdown)
-        yield Place(node.name, service_s * slower, estimate.load_s, begin.evicts, len(node.flights))
+def _estimate(node: Node, key: str, speeds: Speeds) -> Estimate:
+    machine = speeds.machine(node.name, node.report)
+    return speeds.estimate(node.name, machine, key, node.models[key].size)
 
 
-def _starts(
-    ask: Ask, fleet: Fleet, speeds: Speeds, now_s: float
-) -> Iterator[tuple[Node, Estimate, Start | str]]:
-    """The nodes that may serve ``ask``, coordinators apart, how fast they are, and how each would start."""
-    key, seen = ask.key, speeds.sizes(ask.key)
-    for node in fleet.holders(key, now_s):
-        if node.coordinator or unable(node, key, now_s) is not None:
-            continue
-        row, machine = node.models[key], speeds.machine(node.name, node.report)
-        info = fleet.shapes.get(row.digest)
-        shape = shape_of(info, row.size) if info else None
-        begin = start(node, ask, row, machine.room, slots_of(node, ask, row), shape, seen)
-        yield node, speeds.estimate(node.name, machine, key, row.size), begin
+def _start(node: Node, ask: Ask, fleet: Fleet, speeds: Speeds) -> Start | str:
+    """How ``node`` would get to serve ``ask``, or why it cannot."""
+    row, room = node.models[ask.key], speeds.machine(node.name, node.report).room
+    info = fleet.shapes.get(row.digest)
+    shape = shape_of(info, row.size) if info else None
+    return start(node, ask, row, room, slots_of(node, ask, row), shape, speeds.sizes(ask.key))
