@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     names = list(BALANCERS) if options.balancer == "all" else options.balancer.split(",")
     traces = list(TRACES) if options.trace == "all" else options.trace.split(",")
+    logging.basicConfig(level=logging.ERROR)  # that nodes come and go is the trace's own doing
     seeds = range(1, options.seeds + 1)
     print(HEAD)
     for trace in traces:
