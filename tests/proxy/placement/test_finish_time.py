@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.report import Report
-from proxy_addon.ask import Ask
+from proxy_addon.ask import Ask, ReloadKey
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement import policies, view
@@ -66,7 +66,7 @@ def test_a_resident_model_beats_a_load_elsewhere() -> None:
     ],
 )
 def test_reloads(
-    sent: tuple[tuple[str, object], ...] | None,
+    sent: ReloadKey | None,
     context: int | None,
     num_ctx: int | None,
     gpu_gib: float,
@@ -234,8 +234,8 @@ def test_more_in_flight_never_makes_a_node_cheaper(
     n = node(fleet, 1, parallel=parallel, resident={"m": resident()} if is_resident else {})
     key = "m" if is_resident else "other"
     cost = candidate(fleet, 1).cost
-    for age_s, expected_s, share in sorted(flights, reverse=True):  # as they came
-        n.take(ask(key), NOW_S - age_s, expected_s, service_s=expected_s * share)
+    for turn, (age_s, expected_s, share) in enumerate(sorted(flights, reverse=True)):  # as they came
+        n.take(ask(key), NOW_S - age_s + turn * 1e-6, expected_s, service_s=expected_s * share)
         more = candidate(fleet, 1).cost
         assert more >= cost - 1e-9
         cost = more
