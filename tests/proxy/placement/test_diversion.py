@@ -12,8 +12,9 @@ from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.placement.decision import Decision
-from proxy_addon.placement.policies import POLICIES, WHOLE, decide
+from proxy_addon.placement.policies import POLICIES, decide
 from proxy_addon.placement.rules import Rules
+from proxy_addon.placement.view import WHOLE
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident, row
 

@@ -9,7 +9,8 @@ import pytest
 
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
-from proxy_addon.placement.policies import POLICIES, WHOLE, decide
+from proxy_addon.placement.policies import POLICIES, decide
+from proxy_addon.placement.view import WHOLE
 from tests.proxy.placement.worlds import DAY, NOW_S, ask, name, node, report, resident, row
 
 

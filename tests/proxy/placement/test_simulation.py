@@ -60,7 +60,8 @@ class Sim:
             self.took_s.append(end_s - at_s)
 
             stats = FinalStats(PROMPT, tokens, 0.0, prefill_s, decode_s)
-            heapq.heappush(endings, (end_s, next(order), partial(self.finish, flight, stats, end_s)))
+            ending: Callable[[], None] = partial(self.finish, flight, stats, end_s)
+            heapq.heappush(endings, (end_s, next(order), ending))
         while endings:
             heapq.heappop(endings)[2]()
 

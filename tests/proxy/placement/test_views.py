@@ -226,7 +226,8 @@ def test_a_large_fleets_decision_is_that_of_a_small_one_each_second_and_never_fo
     for _ in range(steps):
         world.happen()
         world.now_s += world.changed
-        asked, others = world.some_ask(), (world.speeds, world.now_s, policy, {}, rules)
+        asked, tried = world.some_ask(), dict[str, str]()
+        others = (world.speeds, world.now_s, policy, tried, rules)
         whole = decide(asked, afresh(world.fleet), *others)
         with pytest.MonkeyPatch.context() as patch:
             for module in (policies, view):
