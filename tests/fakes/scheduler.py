@@ -242,7 +242,7 @@ class Scheduler:
 
     def _victim(self) -> Runner:
         idle = [r for r in self.runners.values() if r.references <= 0]
-        return min(idle or self.runners.values(), key=lambda r: r.session_s)
+        return min(idle or self.runners.values(), key=lambda r: (r.session_s, r.model.blob))
 
     def parallel(self, model: FakeModel) -> int:
         """Return a runner's number of slots: embedding-only models have one."""

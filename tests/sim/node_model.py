@@ -283,7 +283,7 @@ class NodeModel:
 
     def _victim(self) -> RunnerModel:
         idle = [runner for runner in self.runners.values() if runner.idle]
-        return min(idle or self.runners.values(), key=lambda runner: runner.session_s)
+        return min(idle or self.runners.values(), key=lambda runner: (runner.session_s, runner.model.blob))
 
     @property
     def _vram_free(self) -> int:
