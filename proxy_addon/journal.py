@@ -29,6 +29,7 @@ FILE_BYTES = 32 << 20  #: two files of this size: the current one and the one be
 PLANS = 200  #: of sharded models, in memory; one is made for each load and each loss of a node
 NOTES = 1000  #: in memory
 FILE, PREVIOUS_FILE = "requests.jsonl", "requests.1.jsonl"
+REQUEST, HEAD = b'{"id":', b'{"columns":'  #: how these lines begin, of whichever version
 
 
 class Journal:
@@ -48,11 +49,7 @@ class Journal:
         self._in_memory = in_memory
         self._requests: OrderedDict[str, tuple[Columns, bytes, bool]] = OrderedDict()
         #: id → columns, line, whether it was placed or should have been
-        try:
-            for columns, line, made in read(directory):
-                self._take(columns, line, made)
-        except OSError as exc:
-            log.warning("the journal cannot be read: %s", exc)
+        self._read_back(directory)
 
     @property
     def lost(self) -> int:
@@ -95,6 +92,21 @@ class Journal:
         """Write what is unwritten."""
         await self.file.close()
 
+    def _read_back(self, directory: Path) -> None:
+        """Take what earlier runs have written; of its many requests only those are read that are kept."""
+        last: deque[tuple[Columns, bytes]] = deque(maxlen=self._in_memory)
+        try:
+            for columns, line in read(directory):
+                if line.startswith(REQUEST):
+                    last.append((columns, line))
+                elif (made := parse(line)) is not None:
+                    self._take(columns, line, made)
+        except OSError as exc:
+            log.warning("the journal cannot be read: %s", exc)
+        for columns, line in last:
+            if (made := parse(line)) is not None:
+                self._take(columns, line, made)
+
     def _add(self, made: Entry) -> None:
         line = orjson.dumps(made)
         self._take(CURRENT, line, made)
@@ -128,20 +140,25 @@ class Journal:
         return made | {"plan": plan["plan"]} if plan is not None else made
 
 
-def read(directory: Path) -> Iterator[tuple[Columns, bytes, Entry]]:
-    """What was written, the oldest first: columns, line, and what it says, still packed.
+def read(directory: Path) -> Iterator[tuple[Columns, bytes]]:
+    """The lines that were written, the oldest first, each with the columns that it was written under.
 
-    A line that was cut by a crash is passed over. Raises OSError where a file is there but cannot be read.
+    Raises OSError where a file is there but cannot be read.
     """
     columns = NONE
     for line in read_lines(directory / FILE, directory / PREVIOUS_FILE):
-        try:
-            made = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if not isinstance(made, dict):
-            continue
-        if (found := Columns.of_header(made)) is not None:
+        header = parse(line) if line.startswith(HEAD) else None
+        found = Columns.of_header(header) if header is not None else None
+        if found is not None:
             columns = found
         else:
-            yield columns, line.rstrip(), made
+            yield columns, line.rstrip()
+
+
+def parse(line: bytes) -> Entry | None:
+    """What ``line`` says, still packed; None if it was cut by a crash, or is none of ours."""
+    try:
+        made = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return made if isinstance(made, dict) else None

@@ -18,7 +18,7 @@ from rich.text import Text
 from agent.ollama import names
 from proxy_addon.commands.client import NoAnswer, console, fail, fetch, human_s, print_json
 from proxy_addon.entry import Entry, unpack
-from proxy_addon.journal import read
+from proxy_addon.journal import REQUEST, parse, read
 from proxy_addon.replay import Again, Other, Replayed, moves, replay, summaries
 from proxy_addon.settings import Settings, SettingsError, load
 from proxy_addon.settings_sources import from_pairs
@@ -168,8 +168,9 @@ def _read(directory: Path) -> Iterator[Entry]:
             f"there is no journal in {directory}: name the proxy's --state-dir, or ask it with --url"
         )
     try:
-        for columns, _, made in read(directory):
-            if isinstance(made.get("decisions"), list) and made.get("decisions"):
+        for columns, line in read(directory):
+            made = parse(line) if line.startswith(REQUEST) else None
+            if made is not None and isinstance(made.get("decisions"), list):
                 try:
                     yield unpack(made, columns)
                 except ValueError:
