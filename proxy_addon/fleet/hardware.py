@@ -15,7 +15,7 @@ from agent.report import Report
 
 GB = 1e9
 BANDWIDTH_SHARE = 0.55
-RAM_BANDWIDTH_BYTES_S = 40 * GB  #: dual-channel DDR4-3200 has 51.2 GB/s at most
+RAM_BANDWIDTH_BYTES_S = 40 * GB  #: where it was not measured: dual-channel DDR4-3200 has 51.2 GB/s at most
 UNKNOWN_BANDWIDTH_BYTES_S = 200 * GB  #: no agent: between a CPU (40) and a desktop GPU (250 to 1,000)
 LOAD_BYTES_S = 1 * GB  #: between a SATA SSD (0.5 GB/s) and NVMe or the page cache (2 to 10 GB/s)
 
@@ -49,22 +49,20 @@ class Hardware:
 
 #: Without an agent nobody can say beforehand what of a model will not fit its GPU: no slowdown is predicted.
 UNKNOWN = Hardware(False, UNKNOWN_BANDWIDTH_BYTES_S, _UNKNOWN_PREFILL_PER_DECODE, 1.0)
-CPU = Hardware(True, RAM_BANDWIDTH_BYTES_S, _CPU_PREFILL_PER_DECODE, 1.0)
 
 
 def of(report: Report | None) -> Hardware:
     """The hardware that ``report`` describes; of several GPUs the fastest, for Ollama fills one first."""
     if report is None:
         return UNKNOWN
-    if not report.gpus:
-        return CPU
-    best = CPU
+    ram_bytes_s = report.host.memory_bandwidth_bytes_s or RAM_BANDWIDTH_BYTES_S
+    best = cpu = Hardware(True, ram_bytes_s, _CPU_PREFILL_PER_DECODE, 1.0)
     for gpu in report.gpus:
         guess_bytes_s, prefill_per_decode = _VENDORS[gpu.vendor]
         bandwidth_bytes_s = gpu.memory_bandwidth_bytes_s or guess_bytes_s
-        if bandwidth_bytes_s > best.bandwidth_bytes_s or best is CPU:
+        if bandwidth_bytes_s > best.bandwidth_bytes_s or best is cpu:
             # Unified memory is equally fast for the CPU, which only computes more slowly.
-            slowdown = 3.0 if gpu.vendor == "apple" else max(bandwidth_bytes_s / RAM_BANDWIDTH_BYTES_S, 1.0)
+            slowdown = 3.0 if gpu.vendor == "apple" else max(bandwidth_bytes_s / ram_bytes_s, 1.0)
             best = Hardware(True, bandwidth_bytes_s, prefill_per_decode, slowdown)
     return best
 

@@ -111,21 +111,20 @@ class SeedScore:
 
     def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
         """The negative scores themselves, but for what others relieve a node of."""
-        wanted, priority = gpu_wanted(scene.features), scene.features.priority
-        found = []
+        wanted, priority, ask, found = gpu_wanted(scene.features), scene.features.priority, scene.ask, []
         for place in places:
-            node = place.node
-            load = len(node.flights) / node.parallel
-            if place.machine.cpu_utilisation is not None and place.machine.cpu_utilisation > load:
-                load = place.machine.cpu_utilisation
+            node, machine = place.node, place.machine
+            load = len(node.flights) / node.parallel if node.flights else 0.0
+            if machine.cpu_utilisation is not None and machine.cpu_utilisation > load:
+                load = machine.cpu_utilisation
             found.append(
                 -score(
                     place.success_rate,
                     node.poll_latency_s,
                     load,
                     abs(node.priority - priority),
-                    wanted and place.machine.gpu_free_bytes > 0,
-                    prefers(node, scene.ask),
+                    wanted and machine.gpu_free_bytes > 0,
+                    bool(node.preferred_tasks) and prefers(node, ask),
                 )
             )
         return found

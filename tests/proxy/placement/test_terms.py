@@ -243,6 +243,18 @@ def test_a_gpu_node_that_serves_from_the_cpu_is_priced_so_at_once_whatever_was_m
     assert decide(ask(), fleet, speeds, NOW_S).node == name(1)
 
 
+@pytest.mark.parametrize("gpu_gib", [0, 8])
+def test_what_runs_on_the_cpu_is_as_fast_as_the_memory_was_measured_to_be(gpu_gib: float) -> None:
+    fleet = Fleet()
+    for number, ram_bytes_s in ((1, None), (2, 80e9)):
+        said = report(gpu_gib=gpu_gib, bandwidth=400e9)
+        host = said.host.model_copy(update={"memory_bandwidth_bytes_s": ram_bytes_s})
+        said = said.model_copy(update={"host": host})
+        node(fleet, number, report=said, resident={"m": resident(on_gpu=0)})
+    assumed, measured = (candidate(fleet, number).terms["decode_s"] for number in (1, 2))
+    assert assumed == pytest.approx(2 * measured)
+
+
 NUMBERS = st.floats(0, 1e3)
 ROWS = st.builds(
     Features,
