@@ -49,6 +49,8 @@ LIMIT_S = 600.0  #: a request that has not ended after ten minutes counts as fai
 SATURATED_LIMIT_S = 3600.0  #: where all of the work comes at once, most of it waits long
 START_S = 4.0  #: that nodes and a balancer take to start and to end
 TAIL = 1.5  #: how much longer a run takes than the trace's arrivals, about
+LOOK_EVERY_S = 0.5
+LATE_S = 3.0  #: above this of delay by the computer itself its stumbling is measured
 BUSY = 0.7  #: above this share of a core it is a program that is measured, rather than the routing
 
 
@@ -67,6 +69,26 @@ class Cpu:
     def share(self) -> float:
         """Of one core, since the start."""
         return round((self._spent_s() - self._before_s) / (time.perf_counter() - self._begun_s), 3)
+
+
+class Lateness:
+    """How late this process is with what it wants to do; where cores are too few, others are as late."""
+
+    def __init__(self) -> None:
+        self.most_s = 0.0
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)
+            self.most_s = max(self.most_s, loop.time() - due_s)
+
+    def stop(self) -> float:
+        """The longest delay."""
+        self._task.cancel()
+        return round(self.most_s, 3)
 
 
 @contextlib.asynccontextmanager
@@ -99,14 +121,14 @@ async def one_run(trace: Trace, subject: Subject, folder: Path, speed: float) ->
         aimed(trace, subject, fleet, folder, speed) as (target, pids),
     ):
         programs = {name: Cpu(pid) for name, pid in (pids | {"nodes": fleet.pid}).items()}
-        programs["client"] = Cpu(None)
+        programs["client"], lateness = Cpu(None), Lateness()
         await fleet.begin()
         clients = Clients(trace.arrivals, target, SATURATED_LIMIT_S if trace.equal else LIMIT_S)
         outcomes = await clients.play()
-        cpu = {name: program.share() for name, program in programs.items()}
+        cpu, late_s = {name: program.share() for name, program in programs.items()}, lateness.stop()
         seen = await fleet.seen()
     loads, received = sum(seen["loads"]), sum(seen["received"])
-    return Run(trace.name, trace.seed, subject.name, loads, received, cpu, outcomes)
+    return Run(trace.name, trace.seed, subject.name, loads, received, cpu, late_s, outcomes)
 
 
 def told(run: Run) -> str:
@@ -114,11 +136,12 @@ def told(run: Run) -> str:
     one = Figures.of([run])
     cpu = ", ".join(f"{name} {share:.0%}" for name, share in run.cpu.items())
     wrong = [f"{outcome.verdict} {outcome.why}" for outcome in run.outcomes if outcome.verdict != "ok"]
-    return (
+    line = (
         f"{run.trace:11}{run.seed:3}  {run.subject:20} ttft {one.ttft.mean:7.2f} {one.ttft.p99:7.2f}"
         f"  total {one.total.mean:7.2f} {one.total.p99:7.2f}  loads {one.loads:3.0f}"
-        f"  failed {report.failures(one)}  cpu {cpu}" + (f"\n{'':16}{wrong[0]}" if wrong else "")
+        f"  failed {report.failures(one)}  cpu {cpu}, late {run.late_s:.1f} s"
     )
+    return f"{line}\n{'':16}{wrong[0]}" if wrong else line
 
 
 def machine() -> str:
@@ -204,7 +227,7 @@ def show(results: Results, renew: bool) -> None:
     for title, table in (("aims", report.aims), ("first minute, mean s", report.first_minute),
                          ("ten equal nodes", report.tenfold)):  # fmt: skip
         print(f"\n{title}\n{report.console(table(results))}")
-    for warning in report.warnings(results, BUSY):
+    for warning in report.warnings(results, BUSY, LATE_S):
         print(f"too busy to be trusted: {warning}")
     if renew:
         from bench_routing_plots import draw

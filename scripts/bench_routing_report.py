@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from bench_routing_results import Figures, Results
 from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS
@@ -145,14 +146,17 @@ def conditions(results: Results) -> str:
     )
 
 
-def warnings(results: Results, busy: float) -> Iterator[str]:
-    """Programs that were busier than a fair measurement allows."""
-    for trace in results.names(lambda run: run.trace):
-        for subject in SUBJECTS.values():
-            figures = results.figures(trace, subject.name)
-            for program, share in figures.cpu.items() if figures else ():
-                if share > busy:
-                    yield f"{trace}, {subject.title}: {program} used {share:.0%} of a core"
+def warnings(results: Results, busy: float, late_s: float) -> Iterator[str]:
+    """Where the computer was too busy for a fair measurement."""
+    for trace, subject in product(results.names(lambda run: run.trace), SUBJECTS.values()):
+        figures = results.figures(trace, subject.name)
+        if figures is None:
+            continue
+        for program, share in figures.cpu.items():
+            if share > busy:
+                yield f"{trace}, {subject.title}: {program} used {share:.0%} of a core"
+        if figures.late_s > late_s:
+            yield f"{trace}, {subject.title}: the computer was {figures.late_s:.1f} s late"
 
 
 def console(table: Table) -> str:

@@ -18,7 +18,11 @@ SPOILT = ("lost", "doubled", "mixed")
 
 @dataclass(frozen=True)
 class Run:
-    """A trace of one seed with one subject. ``cpu`` is each program's share of a core."""
+    """A trace of one seed with one subject.
+
+    ``cpu`` is each program's share of a core; ``late_s`` how late the computer at most was with anything, in
+    seconds of the fleet's clock.
+    """
 
     trace: str
     seed: int
@@ -26,6 +30,7 @@ class Run:
     loads: int
     received: int  #: by the nodes, tries of the same request included
     cpu: dict[str, float]
+    late_s: float
     outcomes: list[Outcome]
 
     @property
@@ -110,6 +115,7 @@ class Figures:
     loads: float  #: a run
     retries: float  #: a run
     cpu: dict[str, float]  #: the most of any run
+    late_s: float  #: likewise
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Figures:
@@ -127,6 +133,7 @@ class Figures:
             fmean(run.loads for run in runs),
             fmean(max(0, run.received - len(run.outcomes)) for run in runs),
             {name: max(run.cpu.get(name, 0.0) for run in runs) for name in runs[0].cpu},
+            max(run.late_s for run in runs),
         )
 
 

@@ -1,7 +1,7 @@
 """Who is compared: other balancers, SOLLOL with each policy, and the oracle; each started before given nodes.
 
 The others' configurations are the files in ``scripts/peers``, as their documentation recommends for upstreams
-that stream. Their limits and intervals are divided by the speed of the nodes' clock, as everybody's are.
+that stream. Their intervals are divided by the speed of the nodes' clock, as everybody's are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
-#: SOLLOL's default for all that can be told; HAProxy's, for Envoy too, which has none; nginx's.
-CONNECT_S, CHECK_S, FAIL_S = 2.0, 2.0, 10.0
-OUTLIER_INTERVAL_S, EJECTION_S = 10.0, 30.0  #: Envoy's defaults
+#: SOLLOL's defaults. Limits to a connection and to a poll's answer are real seconds for everybody: they are for
+#: machines that stand still, and this one stands still no shorter where the nodes' clock runs faster.
+CONNECT_S, POLL_S = 2, 3
+CHECK_S, FAIL_S = 2.0, 10.0  #: HAProxy's default, for Envoy too, which has none; nginx's
+OUTLIER_INTERVAL_S, EJECTION_S = 10.0, 30.0  #: Envoy's
 
 
 @dataclass(frozen=True)
@@ -76,28 +78,24 @@ def filled(template: str, folder: Path, **values: object) -> Path:
 def nginx(method: str, nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list[str]:
     fail_s = max(1, round(FAIL_S / speed))  # nginx knows whole seconds here
     servers = "\n".join(f"        server {node.address} fail_timeout={fail_s}s;" for node in nodes)
-    file = filled("nginx.conf", folder, method=method, servers=servers, port=port)
+    file = filled("nginx.conf", folder, method=method, servers=servers, port=port, connect_s=CONNECT_S)
     return [program("nginx"), "-p", str(folder), "-c", str(file)]
 
 
 def haproxy(nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list[str]:
     servers = "\n".join(f"    server node{index} {node.address}" for index, node in enumerate(nodes))
-    times = {"connect_ms": round(CONNECT_S / speed * 1e3), "check_ms": round(CHECK_S / speed * 1e3)}
-    return [program("haproxy"), "-f", str(filled("haproxy.cfg", folder, servers=servers, port=port, **times))]
+    times = {"connect_s": CONNECT_S, "check_ms": round(CHECK_S / speed * 1e3)}
+    file = filled("haproxy.cfg", folder, servers=servers, port=port, **times)
+    return [program("haproxy"), "-f", str(file)]
 
 
 def envoy(nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list[str]:
     places = [node.address.rsplit(":", 1) for node in nodes]
     hosts = [{"socket_address": {"address": host, "port_value": int(own)}} for host, own in places]
     servers = "\n".join(f"{' ' * 14}- {json.dumps({'endpoint': {'address': host}})}" for host in hosts)
-    times = {
-        "connect_s": CONNECT_S,
-        "check_s": CHECK_S,
-        "outlier_interval_s": OUTLIER_INTERVAL_S,
-        "ejection_s": EJECTION_S,
-    }
+    times = {"check_s": CHECK_S, "outlier_interval_s": OUTLIER_INTERVAL_S, "ejection_s": EJECTION_S}
     scaled = {name: f"{seconds / speed:.3f}" for name, seconds in times.items()}
-    file = filled("envoy.yaml", folder, servers=servers, port=port, **scaled)
+    file = filled("envoy.yaml", folder, servers=servers, port=port, connect_s=CONNECT_S, **scaled)
     quiet = ["--log-level", "warn", "--disable-hot-restart", "--concurrency", "1"]
     return [program("envoy"), "-c", str(file), *quiet]
 
@@ -110,7 +108,9 @@ def sollol(policy: str, nodes: Sequence[Place], folder: Path, port: int, speed: 
     config.write_text("\n".join(["discovery: {mdns: false, ollama_host: false}", "nodes:", *lines, ""]))
     what = ["proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}", "--state-dir", str(folder)]
     clock = [sys.executable, str(HERE / "bench_routing_clock.py"), str(speed)]
-    return [*clock, *what, "--set", f"placement={policy}"]
+    limits = {"timeouts.connect_s": CONNECT_S * speed, "poll.timeout_s": POLL_S * speed}
+    sets = [f"placement={policy}", *(f"{name}={seconds}" for name, seconds in limits.items())]
+    return [*clock, *what, *(part for one in sets for part in ("--set", one))]
 
 
 POLICIES = ("finish_time", "score", "least_loaded", "round_robin")
