@@ -110,6 +110,9 @@ class Ollama(_Part):
     models: list[Model] = []
     resident: list[Resident] = []
     connections: int | None = Field(None, description="established TCP connections, idle ones included")
+    num_parallel: int | None = Field(
+        None, description="requests that a runner serves at a time, by those that run; None if none is seen"
+    )
     requests_in_flight: int | None = Field(
         None, description="sum of what the proxies told this agent lately; None if none did"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from yarl import URL
 from agent import __version__, bandwidth
 from agent.gpu import GpuSource, Reading
 from agent.host import HostReader, connections
+from agent.ollama import runners
 from agent.ollama.client import OllamaClient, parse_ps, parse_tags
 from agent.polled import Polled
 from agent.report import Model, NodeKind, Ollama, Report, Resident
@@ -77,6 +78,8 @@ class Sampler:
         self._version = polled("ollama.version", self._read_version)
         self._models = polled("ollama.models", self._read_models, slow_s)
         self._connections: Polled[int | None] | None = None
+        self._num_parallel: int | None = None
+        self._runners = Worker(runners.num_parallel, "runners").call if is_here(ollama.url) else None
         if is_here(ollama.url):
             count = Worker(partial(connections, ollama.url.port or 80), "connections").call
             self._connections = polled("ollama.connections", count, slow_s)
@@ -148,6 +151,7 @@ class Sampler:
                 models=self._models.value or [],
                 resident=self._resident.value or [],
                 connections=self._connections.value if self._connections else None,
+                num_parallel=self._num_parallel,
                 requests_in_flight=requests_in_flight,
             ),
             rpc=self._rpc.snapshot(host, reading.gpus) if self._rpc is not None else None,
@@ -178,8 +182,15 @@ class Sampler:
     async def _read_resident(self) -> list[Resident]:
         body = await self._ollama.request("GET", "/api/ps")
         if body != self._ps[0]:
-            self._ps = body, parse_ps(body)
+            before, resident = self._ps[1], parse_ps(body)
+            if self._runners is not None and _names(before) != _names(resident):
+                self._num_parallel = await self._runners()
+            self._ps = body, resident
         return self._ps[1]
+
+
+def _names(resident: Iterable[Resident]) -> set[str]:
+    return {model.name for model in resident}
 
 
 def is_here(url: URL) -> bool:

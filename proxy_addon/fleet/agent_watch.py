@@ -10,6 +10,7 @@ from yarl import URL
 
 from agent.in_flight import HEADER as IN_FLIGHT_HEADER
 from agent.report import Report
+from proxy_addon.fleet import slots
 from proxy_addon.fleet.node import Node
 from proxy_addon.fleet.polls import Http, PollFailed, ReportTooNew, fetch, parse_report
 from proxy_addon.settings import Settings
@@ -88,6 +89,7 @@ class AgentWatch:
         if node.report is None:
             log.info("%s has an agent at %s, version %s.", node.name, node.agent_url, report.agent_version)
         node.report = report
+        slots.reported(node, report.ollama.num_parallel)
         node.report_s = asyncio.get_running_loop().time()
         self._failures = 0
         self._said = None

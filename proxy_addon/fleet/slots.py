@@ -1,8 +1,9 @@
 """How many requests a node serves at a time, which Ollama does not report (OLLAMA_NUM_PARALLEL).
 
-Two answers of one model that stream at the same time are served at the same time. To see that, a node must be
-sent more than it is believed to serve: one request too many, when all believed slots are in use and others
-wait anyway, and more and more rarely where it only waited. What the configuration says is not put to trial.
+An agent sees it on the command lines of the runners. Where there is none, it is found out: two answers of
+one model that stream at the same time are served at the same time. To see that, a node must be sent more than
+it is believed to serve: one request too many, when all believed slots are in use and others wait anyway, and
+more and more rarely where it only waited. What the configuration says is not put to trial.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def ended(flight: Flight, now_s: float) -> None:
     if together > node.parallel:
         node.parallel = min(together, MOST)
         node.trials = Trials(next_s=now_s)
+
+
+def reported(node: Node, num_parallel: int | None) -> None:
+    """The agent of ``node`` has seen a runner with ``num_parallel`` slots; others may have one only."""
+    if not node.parallel_known and num_parallel is not None:
+        node.parallel = max(node.parallel, min(num_parallel, MOST))
 
 
 def restarted(node: Node) -> None:

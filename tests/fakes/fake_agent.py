@@ -92,6 +92,7 @@ class FakeAgent:
                 models=[Model.model_validate(tags_row(model)) for model in node.store.listing()],
                 resident=[Resident.model_validate(ps_row(runner)) for runner in runners],
                 connections=len(node.server.connections),
+                num_parallel=max((runner.parallel for runner in runners), default=None),
                 requests_in_flight=requests_in_flight,
             ),
         )

@@ -117,3 +117,16 @@ def test_a_node_that_was_away_is_judged_anew() -> None:
         slots.restarted(each)
     assert (n.parallel, known.parallel) == (1, 3)
     assert slots.to_offer(n, NOW_S) == 2
+
+
+@pytest.mark.parametrize(
+    ("believed", "known", "told", "then"),
+    [(1, False, 4, 4), (4, False, 1, 4), (1, False, None, 1), (2, True, 4, 2), (1, False, 1000, slots.MOST)],
+    ids=["more", "a runner of one slot proves nothing", "none seen", "configured", "bounded"],
+)
+def test_an_agent_that_sees_a_runners_slots_is_believed(
+    believed: int, known: bool, told: int | None, then: int
+) -> None:
+    n = fresh(parallel=believed, parallel_known=known)
+    slots.reported(n, told)
+    assert n.parallel == then
