@@ -219,7 +219,7 @@ class Fleet:
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     views: dict[str, View] = field(default_factory=dict)
-    #: canonical name → placement's short memory of who may serve it, in large fleets
+    #: canonical name → what placement has worked out of who may serve it
     pins: list[dict[str, Any]] = field(default_factory=list)  #: how each pin stands, for the status
     replicas: list[dict[str, Any]] = field(default_factory=list)  #: those that we made ourselves
 

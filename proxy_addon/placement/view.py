@@ -70,13 +70,19 @@ def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
     """The fleet as seen from the model ``key``, brought up to date."""
     view, second_s = fleet.views.get(key), float(now_s // 1)
     large = len(fleet.nodes) > WHOLE
-    if view is None or len(fleet.nodes) != len(view.holders) + len(view.others):
-        view = fleet.views[key] = _made(key, fleet, speeds)
-    elif not large or view.second_s != second_s:
+    if view is not None and len(fleet.nodes) == len(view.holders) + len(view.others):
+        if large and view.second_s == second_s:
+            return view
         if not _renewed(view, fleet, speeds):
-            view = fleet.views[key] = _made(key, fleet, speeds)
+            view = None
     else:
-        return view
+        view = None
+    if view is None:
+        view = _made(key, fleet, speeds)
+        if view.holders:
+            fleet.views[key] = view
+        else:  # clients ask for whatever they like
+            fleet.views.pop(key, None)
     view.second_s = second_s
     view.able = who(view, now_s)
     if large:

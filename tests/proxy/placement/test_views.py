@@ -238,3 +238,14 @@ def test_a_large_fleets_decision_is_that_of_a_small_one_each_second_and_never_fo
         able = {c.node for c in whole.candidates if not c.excluded}
         assert large.node in able or not able
         assert (large.node is None) == (whole.node is None)
+
+
+def test_nothing_is_kept_of_models_that_nobody_has() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    n = node(fleet, 1)
+    for key in ("m", "none", "nobody"):
+        decide(ask(key), fleet, speeds, NOW_S)
+    assert list(fleet.views) == ["m"]
+    n.models = {}
+    decide(ask(), fleet, speeds, NOW_S)
+    assert not fleet.views
