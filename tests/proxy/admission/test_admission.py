@@ -182,13 +182,13 @@ def test_a_load_is_not_put_off_for_ever_by_those_who_need_none(slots: int) -> No
         )
         switched_s = None
 
-        async def stream() -> None:
+        async def stream(takes_s: float) -> None:
             number = 0
             while switched_s is None:
                 number += 1
-                await world.ask(f"m{number}", takes_s=0.5, client="m")
+                await world.ask(f"m{takes_s}-{number}", takes_s=takes_s, client="m")
 
-        streams = [asyncio.create_task(stream()) for _ in range(3)]
+        streams = [asyncio.create_task(stream(takes_s)) for takes_s in (0.5, 0.6, 0.7, 0.8)]
         await asyncio.sleep(1.0)
         decision = await world.ask("other", about=ask("other", max_tokens=100), client="o")
         switched_s = now_s()
