@@ -6,6 +6,7 @@ import asyncio
 import io
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -31,6 +32,7 @@ MACHINE: dict[str, Any] = {
 }
 QUICK = {"pressure_s": 0.5, "sustain_s": 0.2, "idle_s": 300, "cooldown_s": 0.1}
 LIMIT_S = 10.0
+KEY = "registry.ollama.ai/library/llama3.2:latest"
 
 
 async def chat(session: aiohttp.ClientSession, proxy: RunningProxy, **more: Any) -> dict[str, Any]:
@@ -115,10 +117,8 @@ async def queue_up(
 
 async def test_a_hot_model_gets_its_second_runner_before_more_requests_wait(ollama_node: NodeFactory) -> None:
     nodes = [await ollama_node([BIG], **MACHINE) for _ in range(2)]
-    # One slot each, for certain: the second request is not tried on the node but waits in the proxy.
-    alone = [{"host": node.server.host, "port": node.server.port, "parallel": 1} for node in nodes]
     async with (
-        RunningProxy(alone, replicas="auto", replication=QUICK) as proxy,
+        RunningProxy(nodes, replicas="auto", replication=QUICK) as proxy,
         aiohttp.ClientSession() as session,
     ):
         hot, cold, asked = await queue_up(session, proxy, nodes)
@@ -137,6 +137,24 @@ async def test_a_hot_model_gets_its_second_runner_before_more_requests_wait(olla
             assert 'sollol_replica_actions_total{action="load"} 1.0' in await answer.text()
         hot.go_on()
         await asyncio.gather(*asked)
+
+
+async def test_who_waits_in_the_proxys_own_line_counts(
+    ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [await ollama_node([BIG], **MACHINE) for _ in range(2)]
+    async with (
+        RunningProxy(nodes, replicas="auto", replication=QUICK) as proxy,
+        aiohttp.ClientSession() as session,
+    ):
+        await chat(session, proxy)
+        hot, cold = sorted(nodes, key=lambda node: not node.scheduler.runners)
+        await polled(hot)
+        waiting = SimpleNamespace(waiter=SimpleNamespace(ask=SimpleNamespace(key=KEY)), waited_s=99.0)
+        monkeypatch.setattr(proxy.sollol.dispatch.admission, "standings", lambda: [waiting])
+        proxy.sollol.keeper.stir()
+        await cold.wait_until(lambda: bool(cold.scheduler.runners), LIMIT_S)
+        assert "a request waits 99.0 s" in (await noted(proxy, cold, 1))[0]["reason"]
 
 
 async def test_nothing_is_loaded_where_replicas_are_off(ollama_node: NodeFactory) -> None:
@@ -215,9 +233,7 @@ async def test_a_pinned_model_is_loaded_at_the_start_for_good(ollama_node: NodeF
         assert [body["keep_alive"] for body in ours(node)] == [-1]
         [note] = await noted(proxy, node, 1)
         assert note["reason"] == "it is pinned and not in memory"
-        assert proxy.sollol.fleet.nodes[node.host_port].pinned == {
-            "registry.ollama.ai/library/llama3.2:latest"
-        }
+        assert proxy.sollol.fleet.nodes[node.host_port].pinned == {KEY}
         await polled(node, 8)
         assert len(ours(node)) == 1  # nothing more is needed
         told = await status(session, proxy)
