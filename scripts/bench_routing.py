@@ -170,24 +170,30 @@ def planned(options: argparse.Namespace) -> list[tuple[Trace, Subject]]:
     ]
 
 
+def pace(trace: Trace, speed: float) -> float:
+    """The speed of a trace's clock: where all of the work comes at once, so does all of the balancer's."""
+    return max(1.0, speed / 4) if trace.equal else speed
+
+
 def duration_s(runs: Sequence[tuple[Trace, Subject]], speed: float) -> float:
     """About how long they take."""
-    return sum(START_S + TAIL * max(60.0, trace.arrivals[-1].at_s) / speed for trace, _ in runs)
+    return sum(START_S + TAIL * max(60.0, trace.arrivals[-1].at_s) / pace(trace, speed) for trace, _ in runs)
 
 
-async def compare(options: argparse.Namespace, results: Results) -> None:
+def compare(options: argparse.Namespace, results: Results) -> None:
     """Do all runs that are not among the results yet, and keep each at once."""
-    done = {run.key for run in results.runs}
+    done = {made.key for made in results.runs}
     runs = [(t, s) for t, s in planned(options) if (t.name, t.seed, s.name) not in done]
     print(f"{len(runs)} runs, about {duration_s(runs, options.speed) / 60:.0f} minutes", flush=True)
     with tempfile.TemporaryDirectory(prefix="sollol-bench-") as scratch:
-        await check([SUBJECTS[name] for name in options.subjects], Path(scratch), options.speed)
+        subjects = {subject.name: subject for _, subject in runs}.values()
+        run(check(list(subjects), Path(scratch), options.speed), options.speed)
         for number, (trace, subject) in enumerate(runs):
-            folder = Path(scratch) / str(number)
+            folder, speed = Path(scratch) / str(number), pace(trace, options.speed)
             folder.mkdir()
-            run = await one_run(trace, subject, folder, options.speed)
-            print(told(run), flush=True)
-            results.runs.append(run)
+            made = run(one_run(trace, subject, folder, speed), speed)
+            print(told(made), flush=True)
+            results.runs.append(made)
             results.save(options.keep)
 
 
@@ -249,7 +255,7 @@ def main() -> None:
         "date": date.today().isoformat(),
     }
     results = Results.load(options.keep) if options.resume else Results(about)
-    run(compare(options, results), options.speed)
+    compare(options, results)
     show(results, renew=whole or options.doc)
 
 

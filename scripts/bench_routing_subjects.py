@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
-#: SOLLOL's defaults. Limits to a connection and to a poll's answer are real seconds for everybody: they are for
-#: machines that stand still, and this one stands still no shorter where the nodes' clock runs faster.
+#: SOLLOL's defaults, in real seconds for everybody: these limits are for machines that stand still, and this
+#: one stands still no shorter where the nodes' clock runs faster.
 CONNECT_S, POLL_S = 2, 3
 CHECK_S, FAIL_S = 2.0, 10.0  #: HAProxy's default, for Envoy too, which has none; nginx's
 OUTLIER_INTERVAL_S, EJECTION_S = 10.0, 30.0  #: Envoy's
