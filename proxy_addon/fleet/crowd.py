@@ -34,14 +34,13 @@ class Crowd:
     sequences: dict[str, float] = field(default_factory=dict)  #: by model
     runners: float = 0.0
 
-    def advance(self, in_use: Mapping[str, int], slots: int, now_s: float) -> None:
-        """Until ``now_s`` there were ``in_use`` requests by model, of which ``slots`` each are served."""
+    def advance(self, decoded: Mapping[str, int], slots: int, now_s: float) -> None:
+        """Until ``now_s`` the node decoded so many requests by model, of which ``slots`` each at a time."""
         passed_s = max(now_s - self.at_s, 0.0)
         self.at_s = now_s
-        for key, count in in_use.items():
-            if count > 0:
-                self.runners += passed_s
-                self.sequences[key] = self.sequences.get(key, 0.0) + min(count, slots) * passed_s
+        for key, count in decoded.items():
+            self.runners += passed_s
+            self.sequences[key] = self.sequences.get(key, 0.0) + min(count, slots) * passed_s
 
     def mark(self, key: str) -> Mark:
         """The sums up to the last change."""

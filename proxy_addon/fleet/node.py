@@ -45,15 +45,15 @@ class Flight:
 
     def answered(self, now_s: float) -> None:
         """The first byte of the answer has come; of one that is not streamed it is the last as well."""
+        self.node.advance(now_s)
         self.first_byte_s = now_s
         if self.ask.stream:
-            self.node.crowd.advance(self.node.in_use, self.node.parallel, now_s)
             self.mark = self.node.crowd.mark(self.ask.key)
 
     def company(self, now_s: float) -> Company:
         """What it ran beside while its answer came; since its start, where that is not streamed."""
         node = self.node
-        node.crowd.advance(node.in_use, node.parallel, now_s)
+        node.advance(now_s)
         return node.crowd.since(self.mark, self.ask.key) if self.mark is not None else Company()
 
     def drop(self, output_tokens: int = 0, now_s: float | None = None) -> None:
@@ -62,7 +62,7 @@ class Flight:
         if self not in node.flights:
             return
         if now_s is not None:
-            node.crowd.advance(node.in_use, node.parallel, now_s)
+            node.advance(now_s)
             served.ended(self, now_s)
         self.cancel()
         if self.slot is not None:
@@ -171,7 +171,7 @@ class Node:
             flight.lone = False
             if other.first_byte_s is None:
                 other.lone = False
-        self.crowd.advance(self.in_use, self.parallel, now_s)
+        self.advance(now_s)
         flight.mark = self.crowd.mark(ask.key)
         self.flights.add(flight)
         self.in_use[ask.key] += 1
@@ -189,6 +189,18 @@ class Node:
         self.in_use[ask.key] += 1
         self.work_s += flight._work_s
         return flight
+
+    def advance(self, now_s: float) -> None:
+        """Keep the sums of what is decoded here up to ``now_s``; before each change of it.
+
+        Who has no first byte yet may wait for a load or a slot. Of answers in one piece nobody can tell.
+        """
+        decoded = Counter(
+            flight.ask.key
+            for flight in self.flights
+            if flight.first_byte_s is not None or not (flight.ask.stream or flight.load)
+        )
+        self.crowd.advance(decoded, self.parallel, now_s)
 
     def holds(self, resident: dict[str, Resident]) -> None:
         """Take over what is in its memory, and forget what was known of runners that are gone.
