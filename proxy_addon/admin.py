@@ -67,7 +67,8 @@ class Admin:
 
     def _status(self, _: http.Request) -> http.Response:
         policy = self.dispatch.settings.placement
-        return _json(views.status(self.fleet, self.telemetry, policy, self.dispatch.now()))
+        standings = self.dispatch.admission.standings()
+        return _json(views.status(self.fleet, self.telemetry, policy, standings, self.dispatch.now()))
 
     def _queue(self, _: http.Request) -> http.Response:
         return _json({"queue": views.queue(self.dispatch.admission.standings())})

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from agent.ollama import names
@@ -15,6 +16,7 @@ from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.telemetry import Tally, Telemetry
 
 MIB = 1 << 20
+AT_A_GLANCE = 5  #: of those that wait; all are at /sollol/queue
 
 
 def condition(fleet: Fleet, now_s: float) -> str:
@@ -51,8 +53,10 @@ def dashboard(fleet: Fleet, telemetry: Telemetry, now_s: float) -> dict[str, Any
     }
 
 
-def status(fleet: Fleet, telemetry: Telemetry, policy: str, now_s: float) -> dict[str, Any]:
-    """``GET /sollol/status``: the fleet at a glance; models are counted, not listed."""
+def status(
+    fleet: Fleet, telemetry: Telemetry, policy: str, standings: Iterable[Standing], now_s: float
+) -> dict[str, Any]:
+    """``GET /sollol/status``: the fleet at a glance; models are counted, and who waits first is named."""
     rows = nodes(fleet, telemetry, now_s)
     for row in rows:
         row["models"] = len(row["models"])
@@ -64,6 +68,7 @@ def status(fleet: Fleet, telemetry: Telemetry, policy: str, now_s: float) -> dic
         "requests": telemetry.finished,
         "in_flight": sum(len(node.flights) for node in fleet),
         "queue_depth": sum(telemetry.depth().values()),
+        "queue": queue(islice(standings, AT_A_GLANCE)),
         "pins": fleet.pins,
         "replicas": fleet.replicas,
         "nodes": rows,

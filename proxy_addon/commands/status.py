@@ -89,7 +89,21 @@ def render(answer: dict[str, Any]) -> RenderableType:
         table.add_row(*_cells(row))
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
     pins = [Text(f"{row['why']}.", "yellow") for row in answer["pins"] if row["why"]]
-    return Group(head, table, *reasons, *pins, *load_lines(nodes))
+    return Group(head, table, *reasons, *pins, *_queue(answer), *load_lines(nodes))
+
+
+def _queue(answer: dict[str, Any]) -> list[Text]:
+    """Who waits, a line each, and how many more do."""
+    lines = [
+        Text(
+            f"waiting {row['position']}: {row['model']} for {row['client']}, priority {row['priority']},"
+            f" {human_s(row['waited_s'])} so far, {human_s(row['expected_wait_s'])} to go",
+            "dim",
+        )
+        for row in answer["queue"]
+    ]
+    more = answer["queue_depth"] - len(lines)
+    return [*lines, Text(f"and {more} more wait", "dim")] if more > 0 else lines
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:

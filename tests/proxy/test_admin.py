@@ -47,6 +47,7 @@ def no_decision(waiter: Waiter, closed: object) -> Decision:
 def admin(fleet: Fleet, tmp_path: Path) -> Iterator[Admin]:
     telemetry = Telemetry(fleet, lambda: NOW_S)
     admission = Admission(fleet, Settings().admission, no_decision, lambda *_: None, lambda: NOW_S)
+    telemetry.depth = admission.line.depth
     yield Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings(), admission)))
 
 
@@ -116,24 +117,18 @@ def test_status_and_nodes(admin: Admin) -> None:
     assert nodes[0]["gpus"][0]["memory_free_bytes"] == 16_000_000_000
 
 
-def test_the_queue_names_who_waits_and_never_a_prompt(admin: Admin) -> None:
-    node = admin.fleet.nodes["a:1"]
-    node.take(Ask(chat(), key=KEY), NOW_S, 4.0, service_s=4.0)
-    line = admin.dispatch.admission.line
-    for name, priority in (("x", 5), ("y", 10)):
+def let_wait(admin: Admin, **priorities: int) -> None:
+    """Requests by these names stand in line behind four seconds of work, each for three seconds."""
+    admin.fleet.nodes["a:1"].take(Ask(chat(), key=KEY), NOW_S, 4.0, service_s=4.0)
+    for name, priority in priorities.items():
         ask = Ask(chat(), model="gemma3", key=KEY, client="10.0.0.9", priority=priority)
-        line.add(
-            Waiter(
-                id=name,
-                ask=ask,
-                client=ask.client,
-                priority=priority,
-                cost_s=2.0,
-                arrived_s=NOW_S,
-                joined_s=NOW_S - 3,
-            ),
-            NOW_S,
-        )
+        waiter = Waiter(id=name, ask=ask, client=ask.client, priority=priority, cost_s=2.0, arrived_s=NOW_S)
+        waiter.joined_s = NOW_S - 3
+        admin.dispatch.admission.line.add(waiter, NOW_S)
+
+
+def test_the_queue_names_who_waits_and_never_a_prompt(admin: Admin) -> None:
+    let_wait(admin, x=5, y=10)
     first, second = read(admin, "/sollol/queue")["queue"]
     assert first == {
         "id": "y",

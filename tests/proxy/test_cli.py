@@ -30,7 +30,7 @@ from proxy_addon.commands.models import by_model
 from proxy_addon.placement.decision import Candidate, Decision
 from proxy_addon.record import Record
 from proxy_addon.settings import Settings
-from tests.proxy.test_admin import admin
+from tests.proxy.test_admin import admin, let_wait
 from tests.proxy.test_telemetry import KEY, fleet, record
 
 __all__ = ["admin", "fleet"]  # the fixtures
@@ -251,6 +251,13 @@ def test_status_is_a_table(url: str, admin: Admin) -> None:
     row = [cell.strip() for cell in lines[2].split("  ") if cell.strip()]
     assert row == ["a:1", "up", "0/1", "gemma3:latest", "15.3 GiB of 18.6 GiB", "30%", "1", "0", "1.5 s", "-"]
     assert lines[-1].strip() == "b:1: connection refused"
+
+
+def test_status_names_who_waits_first(url: str, admin: Admin) -> None:
+    let_wait(admin, **dict.fromkeys("abcdefg", 5))
+    lines = [line.rstrip() for line in run("status", "--url", url).output.splitlines()]
+    assert lines[-6] == "waiting 1: gemma3:latest for 10.0.0.9, priority 5, 3.0 s so far, 4.0 s to go"
+    assert lines[-1] == "and 2 more wait"
 
 
 def test_status_for_a_script(url: str) -> None:
