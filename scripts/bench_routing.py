@@ -1,7 +1,7 @@
 """``make bench-routing``: who answers how soon on a simulated fleet, and what it costs. See docs/routing.md.
 
     python scripts/bench_routing.py [--traces mixed,swap] [--subjects oracle,envoy] [--seeds 3] [--resume]
-    python scripts/bench_routing.py --from build/bench-routing.json       (tables and plots alone)
+    python scripts/bench_routing.py --from build/bench-routing.json       (the page anew, without a run)
 
 Every run has fresh nodes and a fresh balancer that know nothing of the run before. All subjects go through a
 trace of one seed, one after the other, before the next trace begins. A comparison of everything renews
@@ -216,12 +216,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speed", type=float, default=SPEED, help="how much faster the fleet's clock runs")
     parser.add_argument("--keep", type=Path, default=KEPT, help="where the results are kept")
     parser.add_argument("--resume", action="store_true", help="do only what is not kept there yet")
-    parser.add_argument("--from", type=Path, dest="made", metavar="FILE", help="no runs: show kept results")
+    parser.add_argument("--from", type=Path, dest="made", metavar="FILE", help="no runs: what is kept there")
     parser.add_argument("--doc", action="store_true", help="renew docs/routing.md from a part, too")
     options = parser.parse_args()
     options.traces = chosen(options.traces, list(TRACES), "trace")
     options.subjects = chosen(options.subjects, list(SUBJECTS), "subject")
     return options
+
+
+def resumed(kept: Path, speed: float) -> Results:
+    """What was found so far. Raises Broken where it cannot be gone on with."""
+    if not kept.exists():
+        raise Broken(f"there is no {kept} to go on with")
+    results = Results.load(kept)
+    if results.about["speed"] != speed:
+        raise Broken(f"{kept} was made with --speed {results.about['speed']:g}")
+    return results
 
 
 def show(results: Results, renew: bool) -> None:
@@ -254,7 +264,7 @@ def main() -> None:
         "versions": versions([SUBJECTS[name] for name in options.subjects]),
         "date": date.today().isoformat(),
     }
-    results = Results.load(options.keep) if options.resume else Results(about)
+    results = resumed(options.keep, options.speed) if options.resume else Results(about)
     compare(options, results)
     show(results, renew=whole or options.doc)
 

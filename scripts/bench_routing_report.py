@@ -187,7 +187,8 @@ def document(results: Results) -> str:
     parts += ["### The first minute", "Mean seconds to the whole answer, of what was sent "
               "when nothing had been learned yet.", markdown(first_minute(results))]  # fmt: skip
     if results.figures(MANY, OWN) and results.figures(ONE, ORACLE):
-        parts += ["### Ten equal nodes", markdown(tenfold(results))]
+        aim = f"How many times the throughput of one node. The aim is {TENFOLD:g}."
+        parts += ["### Ten equal nodes", aim, markdown(tenfold(results))]
     parts += ["### Every trace", "Times in seconds; loads and retries are of one run."]
     for trace in results.names(lambda run: run.trace):
         parts += [f"#### `{trace}`: {ABOUT.get(trace, trace)}", markdown(compared(results, trace))]
