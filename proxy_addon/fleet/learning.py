@@ -9,6 +9,7 @@ uncertainty, as in UCB).
 Speeds are means of logarithms with forgetting: a node that is three times slower for once moves its estimate
 as far as one that is three times faster. Measured decode speeds are brought to the standard of "alone, wholly
 on the accelerator" and are predicted from there, so that one measurement serves all loads.
+What has changed for good is believed after two answers (measured.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from proxy_addon.fleet.demand import Demand
 from proxy_addon.fleet.hardware import Hardware
 from proxy_addon.fleet.lengths import Lengths, OutputLengths
 from proxy_addon.fleet.measured import (
-    NEIGHBOUR_SLOWDOWN,
     PRIOR_FAILURE,
     ModelOnNode,
     OfModel,
@@ -339,11 +339,6 @@ class Speeds:
             return False
         self._best[known] = best
         return True
-
-
-def slowdown(neighbours: int) -> float:
-    """How many times longer a token takes while ``neighbours`` other sequences are decoded on the node."""
-    return 1 + NEIGHBOUR_SLOWDOWN * max(neighbours, 0)
 
 
 def _best(nodes: Iterable[OfNode]) -> tuple[float, float]:
