@@ -42,7 +42,8 @@ class View:
     others: dict[str, Node]
     missing: list[tuple[str, str]]  #: the others' names, each with the reason
     best_s_per_output_token: float = 0.0
-    second_s: float = -1.0  #: when all were looked at last
+    second_s: float = -1.0  #: the whole second in which all were looked at last
+    looked_s: float = -1.0  #: and when that was
     able: Able = field(default_factory=Able)
     seen: Mapping[int, float] = NOTHING_SEEN
     _shape: tuple[dict[str, Any], int, ModelShape | None] | None = None
@@ -83,7 +84,7 @@ def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
             fleet.views[key] = view
         else:  # clients ask for whatever they like
             fleet.views.pop(key, None)
-    view.second_s = second_s
+    view.second_s, view.looked_s = second_s, now_s
     view.able = who(view, now_s)
     if large:
         for place in view.holders.values():

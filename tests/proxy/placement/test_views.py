@@ -15,7 +15,7 @@ from proxy_addon.ask import Ask
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Flight, Node
 from proxy_addon.placement import policies, view
-from proxy_addon.placement.policies import POLICIES, decide
+from proxy_addon.placement.policies import POLICIES, TOO_GOOD, decide
 from proxy_addon.placement.rules import Rules
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.test_diversion import shard_report
@@ -235,7 +235,7 @@ def test_a_large_fleets_decision_is_that_of_a_small_one_each_second_and_never_fo
             large = decide(asked, world.fleet, *others)
             exact = decide(asked, afresh(world.fleet), *others)
         assert exact.node == whole.node
-        able = {c.node for c in whole.candidates if not c.excluded}
+        able = {c.node for c in whole.candidates if c.excluded in (None, TOO_GOOD)}
         assert large.node in able or not able
         assert (large.node is None) == (whole.node is None)
 
