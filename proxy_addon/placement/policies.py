@@ -71,7 +71,7 @@ def decide(
     how = POLICIES[policy]
     view = look(ask.key, fleet, speeds, now_s)
     decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
-    if decision.node is None and view.looked_s != now_s:
+    if decision.node is None and view.kept:
         view.second_s = -1.0  # before giving up, everybody is looked at again
         view = look(ask.key, fleet, speeds, now_s)
         decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)

@@ -43,7 +43,7 @@ class View:
     missing: list[tuple[str, str]]  #: the others' names, each with the reason
     best_s_per_output_token: float = 0.0
     second_s: float = -1.0  #: the whole second in which all were looked at last
-    looked_s: float = -1.0  #: and when that was
+    kept: bool = False  #: the last look was no more than a glance at this
     able: Able = field(default_factory=Able)
     seen: Mapping[int, float] = NOTHING_SEEN
     _shape: tuple[dict[str, Any], int, ModelShape | None] | None = None
@@ -73,6 +73,7 @@ def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
     large = len(fleet.nodes) > WHOLE
     if view is not None and len(fleet.nodes) == len(view.holders) + len(view.others):
         if large and view.second_s == second_s:
+            view.kept = True
             return view
         if not _renewed(view, fleet, speeds):
             view = None
@@ -84,7 +85,7 @@ def look(key: str, fleet: Fleet, speeds: Speeds, now_s: float) -> View:
             fleet.views[key] = view
         else:  # clients ask for whatever they like
             fleet.views.pop(key, None)
-    view.second_s, view.looked_s = second_s, now_s
+    view.second_s, view.kept = second_s, False
     view.able = who(view, now_s)
     if large:
         for place in view.holders.values():
