@@ -53,14 +53,14 @@ def start(
     shared = _shared_load(node, ask, row, room) if node.flights else None
     if shared is not None:
         return Start(loads=True, loading=shared, notes=("shares a load under way",))
-    change = reload_reason(node, ask, row, room, resident) if resident else None
+    change = _change(node, ask, row, room, resident)
     if resident is not None and change is None:
         share = min(resident.size_vram / resident.size, 1.0) if resident.size else 1.0
         if node.coordinator or (room is not None and not room.gpus):
             share = 1.0  # a machine without accelerators is measured as it is, a plan over several as a whole
         offload = (f"CPU offload {1 - share:.0%}",) if share < 1 else ()
         return Start(gpu_share=share, notes=("resident", *offload))
-    if resident is None and ask.key in node.in_use:
+    if resident is None and change is None and ask.key in node.in_use:
         return Start(notes=("in use there",))  # loaded since the last poll
     found = _fit(node, ask, row, room, slots, shape, seen, sharded)
     if not found.fits:
@@ -72,6 +72,20 @@ def start(
         notes += (found.note,)
     drains = (ask.key, *found.evicts) if change else found.evicts
     return Start(True, None, change is not None, drains, found.evicts, found.gpu_share, notes)
+
+
+def _change(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resident | None) -> str | None:
+    """Why the runner that the node has by the time of ``ask`` must be loaded anew; None if it need not.
+
+    That is the one that was sent for last, where a poll has not shown it yet.
+    """
+    sent = node.loaded_with.get(ask.key)
+    unseen = ask.key in node.in_use and (
+        resident is None or (bool(node.loads) and any(f.ask.key == ask.key for f in loading(node, room)))
+    )
+    if unseen and sent is not None:
+        return None if _same_runner(sent, ask.reload_key, row, room) else "loaded for other options just now"
+    return reload_reason(node, ask, row, room, resident) if resident else None
 
 
 def slots_of(node: Node, ask: Ask, row: Model) -> int:

@@ -122,7 +122,7 @@ def _starts(scene: Scene, place: Place) -> Starts:
         if node.loads and any(flight.load and flight.first_byte_s is None for flight in node.flights):
             return Starts((), None, _start(scene, place))  # a load under way changes all the time
         if place.resident is None and key in node.in_use:
-            return IN_USE
+            return Starts((), None, _start(scene, place))  # it was loaded since the last poll
     known, sent = place.starts, node.loaded_with.get(key)
     if known is not None and known.sent == sent and known.wanted == scene.wanted:
         room = known.room
@@ -143,9 +143,6 @@ def _starts(scene: Scene, place: Place) -> Starts:
 def _start(scene: Scene, place: Place) -> Start | str:
     slots = scene.slots or place.slots
     return start(place.node, scene.ask, place.row, place.room, slots, scene.shape, scene.seen, place.sharded)
-
-
-IN_USE = Starts((), None, Start(notes=("in use there",)))  #: it was loaded since the last poll
 
 
 def _load_wait_s(scene: Scene, place: Place, begin: Start) -> float:

@@ -110,3 +110,24 @@ def test_cached_tokens_are_counted_as_those_of_the_prompt_are() -> None:
     assert decision.ask is not None
     assert decision.rows[0].cached_tokens == pytest.approx(decision.ask.prompt_tokens)
     assert decision.ask.prompt_tokens > 300
+
+
+@pytest.mark.parametrize("seen", [{}, {"m": resident(context=4096)}], ids=["no poll since", "polled before"])
+def test_a_node_that_is_busy_under_other_options_is_not_taken_for_ready(seen: dict[str, Any]) -> None:
+    """No poll has shown yet what the node loads for the request before; this one needs a load of its own."""
+    fleet, speeds = Fleet(), Speeds()
+    busy = node(fleet, 0, resident=seen, report=report())
+    before = ask(num_ctx=8192)
+    flight = busy.take(before, NOW_S, 5.0, load=True, service_s=1.0)
+    busy.loaded_with["m"] = before.reload_key
+    other, same = ask(num_ctx=4096), ask(num_ctx=8192)
+    for answered in (False, True):
+        if answered and seen:
+            busy.holds({"m": resident(context=8192)})
+        chosen = decide(other, fleet, speeds, NOW_S + 1).chosen
+        assert chosen is not None
+        assert chosen.terms["load_s"] > 0, chosen.notes
+        chosen = decide(same, fleet, speeds, NOW_S + 1).chosen
+        assert chosen is not None
+        assert not any("reload" in note for note in chosen.notes)
+        flight.answered(NOW_S + 0.5)
