@@ -96,12 +96,16 @@ class Admission:
 
     def standings(self) -> Iterator[Standing]:
         """All that wait, in order, with what is to be expected: all work before it, over all slots."""
-        now_s = self._now()
-        slots = max(1, sum(node.parallel for node in self.fleet.up(now_s)))
-        before_s = sum(node.work_s for node in self.fleet)
+        now_s, wait_s, before_s = self._now(), self._wait_s(0.0), 0.0
+        per_second = self._wait_s(1.0) - wait_s
         for position, waiter in enumerate(self.line.order(now_s), 1):
-            yield Standing(waiter, position, waiter.so_far_s(now_s), before_s / slots)
+            yield Standing(waiter, position, waiter.so_far_s(now_s), wait_s + before_s * per_second)
             before_s += waiter.cost_s
+
+    def _wait_s(self, before_s: float) -> float:
+        """What to expect behind so much work: it and all that is in flight, over all slots."""
+        slots = sum(node.parallel for node in self.fleet.up(self._now()))
+        return (before_s + sum(node.work_s for node in self.fleet)) / max(1, slots)
 
     async def _wait(self, waiter: Waiter) -> Decision | None:
         loop, now_s = asyncio.get_running_loop(), self._now()
@@ -110,10 +114,8 @@ class Admission:
         self.line.add(waiter, now_s)
         self._kinds[waiter.kind] += 1
         if waiter.position is None:
-            for standing in self.standings():
-                if standing.waiter is waiter:
-                    waiter.position, waiter.expected_wait_s = standing.position, standing.expected_wait_s
-                    break
+            count, work_s = self.line.before(waiter)
+            waiter.position, waiter.expected_wait_s = count + 1, self._wait_s(work_s)
         limit = loop.call_later(self.settings.max_wait_s - waiter.waited_s, self._too_long, waiter)
         self.wake()
         try:
@@ -127,9 +129,8 @@ class Admission:
         self.withdraw(waiter, limits.waited_too_long(self.settings.max_wait_s, self._last_wait_s()))
 
     def _last_wait_s(self) -> float:
-        """What the last one in line is to expect."""
-        *_, last_s = 0.0, *(standing.expected_wait_s for standing in self.standings())
-        return last_s
+        """What one more is to expect."""
+        return self._wait_s(self.line.work_s)
 
     def _leave(self, waiter: Waiter) -> bool:
         """Take ``waiter`` out of the line unserved; whether it was there."""

@@ -61,6 +61,7 @@ class _Flow:
     client: str
     tag: float  #: at which its head starts
     items: list[Item] = field(default_factory=list)
+    work_s: float = 0.0  #: what all items cost
     key: _Key | None = None  #: under which it stands in its level's ``order``
     age: _Age | None = None  #: and in ``ages``
 
@@ -79,6 +80,7 @@ class _Level:
     order: list[_Key] = field(default_factory=list)  #: of flows with items
     ages: list[_Age] = field(default_factory=list)  #: the same flows, the oldest head first
     size: int = 0
+    work_s: float = 0.0
 
     def forget(self) -> None:
         """Drop the flows that neither wait nor owe anything, once there are many."""
@@ -120,6 +122,8 @@ class Line[T: Item]:
             flow.tag = max(flow.tag, level.virtual)
         flow.put(item)
         level.size += 1
+        level.work_s += item.cost_s
+        flow.work_s += item.cost_s
         if flow.items[0] is item:
             self._came_up(level, flow, now_s)
 
@@ -162,6 +166,28 @@ class Line[T: Item]:
         """1 for the one that is next, 0 for one that does not wait."""
         return next((place for place, one in enumerate(self.order(now_s), 1) if one is item), 0)
 
+    @property
+    def work_s(self) -> float:
+        """What all that wait cost."""
+        return sum(level.work_s for level in self._levels.values() if level.size)
+
+    def before(self, item: T) -> tuple[int, float]:
+        """About how many go before ``item``, which waits, and what they cost; without going through them all.
+
+        All that are more urgent, and of each client of the same priority as many as ``item``'s own has up to
+        it, for they take turns.
+        """
+        level, mine = self._levels[item.priority], self._flow(item)
+        assert mine is not None
+        urgent = [one for one in self._levels.values() if one.priority > item.priority and one.size]
+        count, work_s = sum(one.size for one in urgent), sum(one.work_s for one in urgent)
+        turns = mine.items.index(item)
+        for *_, flow in level.order:
+            size = min(len(flow.items), turns if flow is mine else turns + 1)
+            count += size
+            work_s += flow.work_s * size / len(flow.items)
+        return count, work_s
+
     def _flow(self, item: T) -> _Flow | None:
         level = self._levels.get(item.priority)
         return level.flows.get(item.client) if level is not None else None
@@ -170,6 +196,8 @@ class Line[T: Item]:
         was_head = flow.items[0] is item
         flow.items.remove(item)
         level.size -= 1
+        level.work_s -= item.cost_s
+        flow.work_s -= item.cost_s
         if was_head:
             self._came_up(level, flow, now_s)
 

@@ -84,6 +84,7 @@ def test_nothing_is_lost_and_the_order_shown_is_the_order_kept(steps: list[tuple
         shown = list(line.order(now_s))
         assert Counter(map(id, shown)) == Counter(map(id, waiting))
         assert len(line) == len(waiting)
+        assert line.work_s == pytest.approx(sum(one.cost_s for one in waiting))
         assert +line.depth() == Counter(one.priority for one in waiting)
         flows = defaultdict(list)
         for one in shown:
@@ -192,6 +193,22 @@ def test_clients_that_keep_waiting_share_by_weight(clients: list[tuple[float, li
         for one in had:
             for other in had:
                 assert had[one] - had[other] <= share[one] + share[other] + 1e-6
+
+
+def test_about_how_many_go_before_is_exact_where_clients_take_turns() -> None:
+    line, items = Line[Item](AGEING_S), []
+    for _ in range(7):
+        for client in "abc":
+            items.append(item(client, cost_s=2.0))
+            line.add(items[-1], 0.0)
+    line.add(urgent := item("d", 8, cost_s=3.0), 0.0)
+    line.add(item("d", 2), 0.0)
+    assert line.before(urgent) == (0, 0.0)
+    for one in items:
+        count, work_s = line.before(one)
+        assert work_s == pytest.approx(3.0 + 2.0 * (count - 1))
+        assert abs(count + 1 - line.position(one, 0.0)) <= 2  # within one turn of each client
+    assert line.work_s == pytest.approx(sum(one.cost_s for one in line.order(0.0)))
 
 
 def test_who_was_alone_and_used_much_is_not_punished_for_it() -> None:
