@@ -77,6 +77,25 @@ async def test_a_node_that_refuses_is_lost_at_once_and_comes_back(
     assert len(said) == 3
 
 
+async def test_it_is_news_that_a_node_can_be_used_again(
+    ollama_node: NodeFactory, watched: WatchFactory
+) -> None:
+    """Who waits in line is waiting for nothing else."""
+    fake = await ollama_node()
+    found = watched(fake)
+    await found.watch.looked()
+    node = only(found.fleet)
+    await fake.kill()
+    await until(lambda: found.lost)
+    usable: list[bool] = []
+    found.fleet.on_news.append(lambda _: usable.append(up(node)))
+    for path in ("/api/ps", "/api/tags"):  # what these tell would be news by itself
+        fake.fail(hang("before_head", path=path, times=None))
+    await fake.restart()
+    await until(lambda: up(node))
+    assert usable[-1]
+
+
 @pytest.mark.parametrize("how", ["freeze", "black_hole"])
 async def test_a_hung_node_is_lost_after_two_timeouts(
     ollama_node: NodeFactory, watched: WatchFactory, how: str
