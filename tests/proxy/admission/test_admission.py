@@ -152,6 +152,24 @@ def test_who_is_behind_does_not_count_on_the_slot_that_is_another_s_soon() -> No
     run(main())
 
 
+def test_many_who_had_better_wait_do_not_hide_one_behind_them_that_need_not() -> None:
+    async def main() -> None:
+        world = Modelled()
+        world.node(1, report=report(bandwidth=1000e9))
+        world.node(2, report=report(bandwidth=1e9))  # free, and too slow for any of them
+        world.node(3, models={"other": row(digest="e")}, resident={"other": resident()})
+        await world.ask("first", takes_s=50.0)
+        tasks = [asyncio.create_task(world.ask(f"{number}", client="c")) for number in range(100)]
+        await asyncio.sleep(0.5)
+        await world.ask("other", about=ask("other", max_tokens=100), client="c")
+        assert (world.where["other"], now_s()) == (name(3), 0.5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    run(main())
+
+
 def test_places_that_are_kept_leave_no_trace() -> None:
     async def main() -> None:
         world = Modelled()
