@@ -19,9 +19,7 @@ from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.runner import slots_for, slots_of
 
 LOOKS = 64  #: decisions in one pass: at about 50 µs each it stays near 3 ms
-LOOKS_IN_VAIN = (
-    32  #: of them for those alike who had better wait: then they may not keep the others from a turn
-)
+LOOKS_IN_VAIN = 32  #: of them for those alike who had better wait: others behind them may not need to
 FULL = "has no slot free"
 KEPT_FREE = "is kept free for a request before this one, which must load its model there"
 
