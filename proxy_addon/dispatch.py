@@ -20,6 +20,7 @@ from proxy_addon.admission.limits import Refused
 from proxy_addon.admission.waiter import NOTHING, Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
+from proxy_addon.fleet.health import BASE_EJECTION_S
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
 from proxy_addon.one_server.upstream import nobody
@@ -32,6 +33,7 @@ from proxy_addon.retry import backoff_s
 from proxy_addon.settings import Settings
 
 MANY_EXCLUDED = 6  #: an error sentence names so many nodes, the journal has them all
+LONGEST_EJECTION_S = 2 * BASE_EJECTION_S  #: that is waited for: the second one in a row is
 
 
 class Dispatch:
@@ -88,6 +90,7 @@ class Dispatch:
             await _unless_left(
                 rec, backoff_s(rec.rounds, retry.backoff_s, retry.backoff_max_s, random.random())
             )
+            await _unless_left(rec, self._until_one_returns_s(rec))
             if rec.left:
                 return None
             rec.excluded = dict(rec.hopeless)
@@ -202,6 +205,21 @@ class Dispatch:
             rec.awaits_until_s = self.now() + self.settings.shard.wait_s
         return self.now() < rec.awaits_until_s
 
+    def _until_one_returns_s(self, rec: Record) -> float:
+        """How long to wait on for an ejection to end: rounds that nobody can be tried in show nothing.
+
+        Only for a node that answers its polls and whose failures do not go on and on.
+        """
+        assert rec.ask is not None
+        now_s, key = self.now(), rec.ask.key
+        able = [
+            node
+            for node in self.fleet
+            if key in node.models and node.poll_error is None and node.name not in rec.hopeless
+        ]
+        left_s = min((node.health.ejected_until_s - now_s for node in able), default=0.0)
+        return left_s if left_s <= LONGEST_EJECTION_S else 0.0
+
     def _hopeless(self, rec: Record) -> bool:
         """Whether another round could only repeat what this one has shown."""
         assert rec.ask is not None
@@ -239,6 +257,8 @@ def point_at(flow: http.HTTPFlow, node: Node) -> None:
 
 async def _unless_left(rec: Record, delay_s: float) -> None:
     """Wait ``delay_s``, or until the client leaves."""
+    if rec.left or delay_s <= 0:
+        return
     left = asyncio.Event()
     rec.on_left.append(left.set)
     try:

@@ -302,6 +302,16 @@ async def test_all_nodes_failing_once_at_the_same_moment_is_only_a_delay(fleet: 
     complete(await fleet.ask(way), way)
 
 
+async def test_the_only_node_left_is_waited_for_where_its_failures_have_just_ejected_it(fleet: Fleet) -> None:
+    way, (sick, dead) = BY_NAME["chat"], fleet.nodes
+    sick.fail(named("v024_terminated", path=way.path, times=3))  # the third one in a row ejects it
+    while len(sick.requests(way.path)) < 2:
+        complete(await fleet.ask(way), way)
+    await dead.kill()
+    complete(await fleet.ask(way), way)
+    assert len(sick.requests(way.path)) == 4
+
+
 @pytest.mark.parametrize("make", [lambda: named("terminated", times=None), lambda: rst(times=None)])
 @pytest.mark.parametrize(("size", "hits"), [(2, 4), (8, 6)])
 async def test_a_request_that_kills_every_runner_is_given_up_before_it_has_killed_many(
