@@ -172,6 +172,8 @@ class Dispatch:
                 load=decision.chosen.terms.get("load_s", 0.0) > 0,
                 service_s=decision.service_s,
                 slots=slots_of(node, rec.ask, node.models[rec.ask.key]),
+                evicts=decision.row.evicts if decision.row is not None else (),
+                need_bytes=decision.row.need_bytes if decision.row is not None else 0,
             )
             node.loaded_with[rec.ask.key] = rec.ask.reload_key
         point_at(flow, node)

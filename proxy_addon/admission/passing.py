@@ -116,7 +116,16 @@ class Pass:
             self.due_s = min(self.due_s, self._now_s + decision.wait_s - self._ahead_s)
         loads = _term(decision, "load_s") > 0
         self._held.append(
-            node.reserve(waiter.ask, self._now_s, decision.expected_s, loads, decision.service_s)
+            node.reserve(
+                waiter.ask,
+                self._now_s,
+                decision.expected_s,
+                loads,
+                decision.service_s,
+                decision.row.evicts if decision.row is not None else (),
+                decision.row.need_bytes if decision.row is not None else 0,
+                decision.wait_s,
+            )
         )
 
     def _is_patient(self, waiter: Waiter, decision: Decision) -> bool:

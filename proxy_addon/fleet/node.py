@@ -37,6 +37,9 @@ class Flight:
     first_byte_s: float | None = None
     load: bool = False  #: the decision expects this request to load its model
     service_s: float | None = None  #: of ``expected_s`` prefill and decode alone; None: all of it
+    evicts: tuple[str, ...] = ()  #: models that its load is expected to drive out
+    need_bytes: int = 0  #: of memory that its load is expected to take
+    kept_s: float = 0.0  #: of a place that is kept for a request: how long until that is sent
     slot: Slot | None = None  #: which of the runner's it is expected to take
     cached_tokens: int | None = None  #: of the prompt, expected in the prefix cache; None: nobody knows
     lone: bool = True  #: nobody else was there between its start and its first byte
@@ -155,12 +158,14 @@ class Node:
         load: bool = False,
         service_s: float | None = None,
         slots: int | None = None,
+        evicts: tuple[str, ...] = (),
+        need_bytes: int = 0,
     ) -> Flight:
         """Count a request as in flight here until its handle is dropped.
 
         ``slots`` is how many the model's runner has, where that is not ``parallel``.
         """
-        flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
+        flight = Flight(self, ask, now_s, expected_s, None, load, service_s, evicts, need_bytes)
         if load and ask.key not in self.loads:
             self.loads.add(ask.key)
             self.prefixes.forget(ask.key)
@@ -181,14 +186,29 @@ class Node:
         return flight
 
     def reserve(
-        self, ask: Ask, now_s: float, expected_s: float, load: bool, service_s: float | None
+        self,
+        ask: Ask,
+        now_s: float,
+        expected_s: float,
+        load: bool,
+        service_s: float | None,
+        evicts: tuple[str, ...] = (),
+        need_bytes: int = 0,
+        kept_s: float = 0.0,
     ) -> Flight:
-        """Let decisions see a request here that may come, until its handle is cancelled."""
-        flight = Flight(self, ask, now_s, expected_s, load=load, service_s=service_s)
+        """Let decisions see a request here that may come in ``kept_s``, until its handle is cancelled."""
+        flight = Flight(self, ask, now_s, expected_s, None, load, service_s, evicts, need_bytes, kept_s)
         self.flights.add(flight)
         self.in_use[ask.key] += 1
         self.work_s += flight._work_s
         return flight
+
+    def drives_out(self, key: str) -> bool:
+        """Whether the model ``key`` is about to go: a load under way is waiting for its requests to end.
+
+        Ollama lets others use it until then, but every one of them keeps that load waiting, and all behind it.
+        """
+        return any(key in flight.evicts for flight in self.flights if flight.first_byte_s is None)
 
     def advance(self, now_s: float) -> None:
         """Keep the sums of what is decoded here up to ``now_s``; before each change of it.

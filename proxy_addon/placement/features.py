@@ -87,6 +87,8 @@ class Features(_Row):
     priority: int = 5
     preferred: bool = False  #: the node's own settings name this kind of task
     outside: bool = False  #: other nodes are set to do this kind of task, and one of them may serve
+    evicts: tuple[str, ...] = ()  #: models that must go for ours
+    need_bytes: int = 0  #: of memory, where ours must be loaded
     notes: tuple[str, ...] = ()  #: "resident", "reload: num_ctx 4096 → 8192", "CPU offload 40%", …
 
 

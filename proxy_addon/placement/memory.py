@@ -9,8 +9,8 @@ What resident models were seen to take (calibration.py) counts before any formul
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -65,6 +65,16 @@ class Fit:
     gpu_share: float = 1.0  #: of the model on accelerators; 1 on a machine that has none
     evicts: tuple[str, ...] = ()  #: canonical names of the residents that must go first
     note: str = ""  #: why not, or what is special
+    need_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load that has begun, or will, and that no report shows yet."""
+
+    key: str
+    need_bytes: int
+    evicts: tuple[str, ...] = ()
 
 
 def shape_of(model_info: Mapping[str, Any], weights_bytes: int) -> ModelShape | None:
@@ -176,6 +186,22 @@ def room_of(report: Report) -> Room:
     )
 
 
+def once_loaded(
+    room: Room, resident: Mapping[str, Resident], loads: Iterable[Load]
+) -> tuple[Room, Mapping[str, Resident]]:
+    """The memory of a node and what is resident there once all of ``loads`` have happened."""
+    gpu_free, ram_free, after = room.gpu_free_bytes, room.ram_free_bytes, dict(resident)
+    for load in loads:
+        for name in load.evicts:
+            if name in after:
+                gpu_free, ram_free = _given_back(after.pop(name), room, gpu_free, ram_free)
+        if load.key not in after:
+            on_gpu = min(load.need_bytes, max(gpu_free, 0)) if room.gpus else 0
+            after[load.key] = Resident(name=load.key, size=load.need_bytes, size_vram=on_gpu)
+            gpu_free, ram_free = gpu_free - on_gpu, ram_free - (load.need_bytes - on_gpu)
+    return replace(room, gpu_free_bytes=gpu_free, ram_free_bytes=ram_free), after
+
+
 def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy: Collection[str] = ()) -> Fit:
     """How a model of ``need`` bytes, canonical name ``key``, would lie on a node with ``room``.
 
@@ -197,10 +223,14 @@ def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy:
                 break
     if need > gpu_free + ram_free:
         return Fit(
-            False, 0.0, tuple(evicts), f"does not fit: needs {_gib(need)}, has {_gib(gpu_free + ram_free)}"
+            False,
+            0.0,
+            tuple(evicts),
+            f"does not fit: needs {_gib(need)}, has {_gib(gpu_free + ram_free)}",
+            need,
         )
     share = min(gpu_free / need, 1.0) if room.gpus and need else 1.0
-    return Fit(True, share, tuple(evicts), f"CPU offload {1 - share:.0%}" if share < 1 else "")
+    return Fit(True, share, tuple(evicts), f"CPU offload {1 - share:.0%}" if share < 1 else "", need)
 
 
 def _given_back(row: Resident, room: Room, gpu_free: int, ram_free: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class Start:
     evicts: tuple[str, ...] = ()
     gpu_share: float = 1.0
     notes: tuple[str, ...] = ()
+    need_bytes: int = 0  #: of memory that its load takes; 0 where nobody knows
 
 
 def start(
@@ -54,7 +55,8 @@ def start(
     if shared is not None:
         return Start(loads=True, loading=shared, notes=("shares a load under way",))
     change = _change(node, ask, row, room, resident)
-    if resident is not None and change is None:
+    goes = resident is not None and bool(node.flights) and node.drives_out(ask.key)
+    if resident is not None and change is None and not goes:
         share = min(resident.size_vram / resident.size, 1.0) if resident.size else 1.0
         if node.coordinator or (room is not None and not room.gpus):
             share = 1.0  # a machine without accelerators is measured as it is, a plan over several as a whole
@@ -66,12 +68,14 @@ def start(
     if not found.fits:
         return found.note
     notes: tuple[str, ...] = (f"reload: {change}" if change else "load",)
+    if goes:
+        notes += ("makes room for a load under way",)
     if found.evicts:
         notes += (f"evicts {len(found.evicts)}",)
     if found.note:
         notes += (found.note,)
-    drains = (ask.key, *found.evicts) if change else found.evicts
-    return Start(True, None, change is not None, drains, found.evicts, found.gpu_share, notes)
+    drains = (ask.key, *found.evicts) if change or goes else found.evicts
+    return Start(True, None, change is not None, drains, found.evicts, found.gpu_share, notes, found.need_bytes)
 
 
 def _change(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resident | None) -> str | None:
@@ -173,7 +177,15 @@ def _fit(
     num_ctx = ask.num_ctx if ask.num_ctx is not None else room.default_num_ctx
     num_ctx = _clamp(num_ctx, shape.context_length if shape else _trained(row))
     need = memory.expected_bytes(shape, row.size, num_ctx, slots, seen)
-    return memory.fit(need, room, node.resident, ask.key, node.in_use)
+    resident: Mapping[str, Resident] = node.resident
+    unseen = [
+        memory.Load(flight.ask.key, flight.need_bytes, flight.evicts)
+        for flight in node.flights
+        if flight.need_bytes and flight.ask.key != ask.key and flight.ask.key not in resident
+    ]
+    if unseen:
+        room, resident = memory.once_loaded(room, resident, unseen)
+    return memory.fit(need, room, resident, ask.key, node.in_use)
 
 
 def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:

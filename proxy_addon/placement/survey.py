@@ -69,6 +69,9 @@ def features(scene: Scene, place: Place) -> Features | str:
             wait_s = max(ends) if begin.loads and begin.loading is None else min(ends)
         if begin.loading is not None:
             load_s = load_left_s(begin.loading, scene.now_s)
+            if begin.loading.kept_s:  # it has not begun: who shares it waits as well until it may
+                wait_s = max(wait_s, begin.loading.kept_s)
+                load_s = max(load_s - begin.loading.kept_s, 0.0)
         elif begin.loads and (waits or not node.in_use.keys().isdisjoint(begin.drains)):
             waits = True
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
@@ -103,6 +106,8 @@ def features(scene: Scene, place: Place) -> Features | str:
         node.priority,
         bool(node.preferred_tasks) and prefers(node, ask),
         scene.outside,
+        begin.evicts,
+        begin.need_bytes,
         notes,
     )
     if not waits and starts is place.starts:
@@ -119,7 +124,8 @@ def _starts(scene: Scene, place: Place) -> Starts:
     """How the node would get to serve the request, from memory where nothing that matters has changed."""
     node, key = place.node, scene.ask.key
     if node.flights:
-        if node.loads and any(flight.load and flight.first_byte_s is None for flight in node.flights):
+        resident = node.resident
+        if any(f.load and (f.first_byte_s is None or f.ask.key not in resident) for f in node.flights):
             return Starts((), None, _start(scene, place))  # a load under way changes all the time
         if place.resident is None and key in node.in_use:
             return Starts((), None, _start(scene, place))  # it was loaded since the last poll
@@ -162,10 +168,16 @@ def _evict_s(scene: Scene, place: Place, begin: Start) -> float:
     contexts in demand finds a node of its own instead of taking turns on one.
     """
     node, load_bytes_s = place.node, place.estimate.load_bytes_s
-    again_s = {name: node.resident[name].size / load_bytes_s for name in begin.evicts}
+    again_s = {name: _size_bytes(node, name) / load_bytes_s for name in begin.evicts}
     if begin.replaces:
         again_s[scene.ask.key] = place.estimate.load_s
     return sum(seconds * _wanted_again(scene, node, name) for name, seconds in again_s.items())
+
+
+def _size_bytes(node: Node, name: str) -> int:
+    """What the model ``name`` takes on ``node``; where no poll has shown it yet, its weights."""
+    held = node.resident.get(name) or node.models.get(name)
+    return held.size if held is not None else 0
 
 
 def _wanted_again(scene: Scene, node: Node, name: str) -> float:
