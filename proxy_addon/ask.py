@@ -33,7 +33,7 @@ RELOAD_OPTIONS: tuple[tuple[str, type], ...] = (
     ("use_mmap", bool),
 )
 #: What asks for nothing else than a request without the option: Ollama's own defaults (``api/types.go``).
-_UNSET = frozenset({("main_gpu", 0), ("num_gpu", -1), ("num_thread", 0)})
+_UNSET = frozenset({("main_gpu", 0), ("num_thread", 0)})
 
 #: Bodies that the proxy passes on unread: they name no model, or are a model's bytes.
 _OPAQUE = frozenset(
@@ -64,6 +64,8 @@ class Ask:
     stream: bool = False
     num_ctx: int | None = None
     reload_key: ReloadKey = ()  #: the reload-forcing options that were set, sorted by name
+    plain: frozenset[str] = frozenset()  #: those that were set to what Ollama does anyway
+    usual: ReloadKey = ()  #: what a request that sets none of them asks for: what the Modelfile sets
     prompt_tokens: int = 0  #: estimate
     max_tokens: int | None = None  #: the client's cap on output tokens
     keep_alive: Any = None
@@ -84,6 +86,14 @@ class Ask:
     def task(self) -> Task:
         """Generation or embedding."""
         return self.endpoint.task
+
+    def settle(self, usual: ReloadKey) -> None:
+        """Take over what the model's Modelfile sets, where the request says nothing; harmless twice."""
+        if usual != self.usual:
+            self.usual = usual
+            found = {name: value for name, value in usual if name not in self.plain}
+            self.reload_key = tuple(sorted((found | dict(self.reload_key)).items()))
+            self.num_ctx = _num_ctx(self.reload_key)
 
 
 def parse(endpoint: Endpoint, path: str, headers: Mapping[str, str], content: bytes, client: str) -> Ask:
@@ -182,8 +192,10 @@ def _int(body: Mapping[str, Any], name: str) -> int | None:
 def _inference(ask: Ask, body: Mapping[str, Any]) -> None:
     native = ask.endpoint.protocol == "native"
     options = _typed(body, "options", dict, {}) if native else {}  # elsewhere Ollama reads none
-    ask.reload_key = _reload_key(options, body if native else {})
-    ask.num_ctx = next((int(value) for name, value in ask.reload_key if name == "num_ctx"), None)
+    named = _runner_options(options, body if native else {})
+    ask.reload_key = normal(named)
+    ask.plain = frozenset(named.keys() - dict(ask.reload_key).keys())
+    ask.num_ctx = _num_ctx(ask.reload_key)
     limit = _int(options, "num_predict")
     for name in () if native else ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         limit = limit if limit is not None else _int(body, name)
@@ -209,18 +221,32 @@ def _read(ask: Ask, body: Mapping[str, Any]) -> None:
         ask.prefix = prefix_of(parts)
 
 
-def _reload_key(options: Mapping[str, Any], body: Mapping[str, Any]) -> ReloadKey:
-    """What of a request shapes the runner, without what says no more than the default does."""
-    found: list[tuple[str, int | bool]] = []
+def _runner_options(options: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, int | bool]:
+    """What of a request shapes the runner."""
+    found: dict[str, int | bool] = {}
     for name, kind in RELOAD_OPTIONS if options else ():
         value = _int(options, name) if kind is int else _typed(options, name, kind, None)
-        if name == "num_gpu" and value is not None and value < 0:
-            value = -1  # "as many layers as fit", like no number at all
-        if value is not None and (name, value) not in _UNSET:
-            found.append((name, value))
+        if value is not None:
+            found[name] = value
     if _typed(body, "shift", bool, True) is False:  # without it almost all models shift
-        found.append(("shift", False))
-    return tuple(sorted(found))
+        found["shift"] = False
+    return found
+
+
+def normal(options: Mapping[str, int | bool]) -> ReloadKey:
+    """``options`` that shape a runner, without those that say no more than the default does."""
+    return tuple(
+        sorted(
+            (name, value)
+            for name, value in options.items()
+            # A number of layers below 0 is "as many as fit", like none at all.
+            if (name, value) not in _UNSET and not (name == "num_gpu" and value < 0)
+        )
+    )
+
+
+def _num_ctx(reload_key: ReloadKey) -> int | None:
+    return next((int(value) for name, value in reload_key if name == "num_ctx"), None)
 
 
 def _is_zero(keep_alive: Any) -> bool:

@@ -27,7 +27,7 @@ from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.policies import decide
 from proxy_addon.placement.rules import Rules
-from proxy_addon.placement.runner import slots_of
+from proxy_addon.placement.runner import runs_under, slots_of
 from proxy_addon.record import Attempt, Record
 from proxy_addon.retry import backoff_s
 from proxy_addon.settings import Settings
@@ -165,17 +165,18 @@ class Dispatch:
         """Point ``flow`` at ``node`` and count it in flight there."""
         now_s = self.now()
         if rec.ask is not None and decision is not None and decision.chosen is not None:
+            key, loads = rec.ask.key, decision.chosen.terms.get("load_s", 0.0) > 0
             rec.flight = node.take(
                 rec.ask,
                 now_s,
                 decision.expected_s,
-                load=decision.chosen.terms.get("load_s", 0.0) > 0,
+                load=loads,
                 service_s=decision.service_s,
                 slots=slots_of(node, rec.ask, node.models[rec.ask.key]),
                 evicts=decision.row.evicts if decision.row is not None else (),
                 need_bytes=decision.row.need_bytes if decision.row is not None else 0,
             )
-            node.loaded_with[rec.ask.key] = rec.ask.reload_key
+            node.loaded_with[key] = runs_under(node.loaded_with.get(key), rec.ask.reload_key, loads)
         point_at(flow, node)
         self.stamp(flow.request.headers)
         rec.node = node

@@ -37,6 +37,7 @@ class Route:
             await self.one_server.pin(flow)
         else:
             rec.ask.body = {}  # nothing of a prompt is kept while it waits
+            rec.ask.settle(self.dispatch.fleet.usual(rec.ask.key))
             self.dispatch.speeds.demand.note(rec.ask, self.dispatch.now())
             flow.response = await self.dispatch.place(flow, rec)
         rec.ask.body = {}

@@ -65,14 +65,17 @@ class Demand:
                 del table[next(iter(table))]
 
     def rate_per_s(self, key: str, reload_key: ReloadKey | None, now_s: float) -> float:
-        """Requests a second for the model ``key`` under ``reload_key``; None: under whichever options."""
+        """Requests a second that a runner of ``key`` under ``reload_key`` serves; None: under whichever.
+
+        Where it has a number of layers of its own, it serves those as well that name none.
+        """
         variants = self._models.get(key)
         if variants is None:
             return 0.0
         if reload_key is None:
             return sum(arrivals.rate_per_s(now_s) for arrivals in variants.values())
-        arrivals = variants.get(_variant(reload_key))
-        return arrivals.rate_per_s(now_s) if arrivals else 0.0
+        served = {_variant(reload_key), _variant(tuple(pair for pair in reload_key if pair[0] != "num_gpu"))}
+        return sum(variants[name].rate_per_s(now_s) for name in served & variants.keys())
 
     def again_within(self, key: str, reload_key: ReloadKey | None, horizon_s: float, now_s: float) -> float:
         """Probability that the model is asked for within ``horizon_s``."""

@@ -250,6 +250,8 @@ class Fleet:
     #: called when a request was taken off a node: somebody else may have its slot
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
+    modelfiles: dict[str, ReloadKey] = field(default_factory=dict)
+    #: digest → what the Modelfile sets of what shapes a runner; those that set nothing of it are left out
     views: dict[str, View] = field(default_factory=dict)
     #: canonical name → what placement has worked out of who may serve it
     pins: list[dict[str, Any]] = field(default_factory=list)  #: how each pin stands, for the status
@@ -290,6 +292,10 @@ class Fleet:
         if all(row.digest == rows[0].digest for row in rows):
             return rows[0].digest
         return max(rows, key=lambda row: row.modified_at).digest
+
+    def usual(self, key: str) -> ReloadKey:
+        """The options that a request for the model ``key`` has where it names none: its Modelfile's."""
+        return self.modelfiles.get(self.digest(key) or "", ()) if self.modelfiles else ()
 
     def nobody_stores(self, key: str) -> bool:
         """Whether no node that could be asked has the model ``key``: then it does not exist here."""

@@ -1,4 +1,4 @@
-"""What models are made of (``model_info`` of ``/api/show``), asked once per digest in the whole fleet."""
+"""What models are made of and what their Modelfiles set: ``/api/show``, asked once per digest in the fleet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from yarl import URL
 
+from proxy_addon.ask import RELOAD_OPTIONS, ReloadKey, normal
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.polls import Http, PollFailed, fetch
 
@@ -23,7 +24,7 @@ TRIES = 3  #: per digest; another node may have it as well
 
 
 class Shapes:
-    """Fills ``fleet.shapes`` in the background, one question at a time: nothing waits for it."""
+    """Fills ``fleet.shapes`` and ``fleet.modelfiles`` in the background: nothing waits for it."""
 
     def __init__(self, fleet: Fleet, http: Http) -> None:
         self._fleet = fleet
@@ -54,10 +55,13 @@ class Shapes:
                 continue
             self._tries[digest] = self._tries.get(digest, 0) + 1
             try:
-                self._fleet.shapes[digest] = info = await self._show(node, {"model": name})
+                told = await self._show(node, {"model": name})
+                if options := options_of(told.get("parameters")):
+                    self._fleet.modelfiles[digest] = options
+                self._fleet.shapes[digest] = info = dict(told["model_info"])
                 if wanted := lacking(info):
                     # Megabytes, for the vocabulary is in it: so only where it says more.
-                    whole = await self._show(node, {"model": name, "verbose": True})
+                    whole = (await self._show(node, {"model": name, "verbose": True}))["model_info"]
                     self._fleet.shapes[digest] = info | {
                         key: whole[key] for key in wanted if _small(whole.get(key))
                     }
@@ -68,7 +72,31 @@ class Shapes:
 
     async def _show(self, node: Node, question: dict[str, Any]) -> dict[str, Any]:
         body = await fetch(self._http, URL(node.url) / "api/show", SHOW_TIMEOUT_S, json=question)
-        return dict((await asyncio.to_thread(orjson.loads, body))["model_info"])
+        return dict(await asyncio.to_thread(orjson.loads, body))
+
+
+def options_of(parameters: Any) -> ReloadKey:
+    """What ``parameters`` of ``/api/show`` sets of what shapes a runner: a name and a value on each line."""
+    found: dict[str, int | bool] = {}
+    for line in parameters.splitlines() if isinstance(parameters, str) else ():
+        name, _, text = line.strip().partition(" ")
+        value = _value(_KIND[name], text.strip().strip('"')) if name in _KIND else None
+        if value is not None:
+            found[name] = value
+    return normal(found)
+
+
+_KIND = dict(RELOAD_OPTIONS)
+_BOOL = {"true": True, "false": False}
+
+
+def _value(kind: type, text: str) -> int | bool | None:
+    if kind is bool:
+        return _BOOL.get(text)
+    try:
+        return int(float(text))  # numbers are written as Go writes floats: 1048576 is 1.048576e+06
+    except (ValueError, OverflowError):
+        return None
 
 
 def lacking(info: Mapping[str, Any]) -> list[str]:

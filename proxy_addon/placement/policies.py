@@ -173,7 +173,7 @@ def _among(
         rules.specialise_factor,
     )
     slots = 1 if embeds else None
-    wanted = ask.reload_key, ask.num_ctx, slots
+    wanted = ask.reload_key, ask.num_ctx, ask.usual, slots
     scene = Scene(ask, asked, speeds, now_s, view.second_s, slots, shape, seen, wanted)
     search = _Search(scene, view, fleet, how, excluded)
     places = able.places

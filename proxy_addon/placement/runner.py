@@ -18,6 +18,7 @@ from proxy_addon.placement.memory import Fit, ModelShape, Room
 
 #: Families whose runners have one slot whatever OLLAMA_NUM_PARALLEL says (``server/sched.go``).
 ONE_SLOT = ("mllama", "qwen3vl", "qwen35", "qwen3next", "lfm2", "nemotron_h")
+AS_FITS = -1  #: layers on the GPU: Ollama's default
 DEFAULTS = frozenset(ctx for _, ctx in memory.DEFAULT_NUM_CTX)
 
 
@@ -75,7 +76,9 @@ def start(
     if found.note:
         notes += (found.note,)
     drains = (ask.key, *found.evicts) if change or goes else found.evicts
-    return Start(True, None, change is not None, drains, found.evicts, found.gpu_share, notes, found.need_bytes)
+    return Start(
+        True, None, change is not None, drains, found.evicts, found.gpu_share, notes, found.need_bytes
+    )
 
 
 def _change(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resident | None) -> str | None:
@@ -88,7 +91,7 @@ def _change(node: Node, ask: Ask, row: Model, room: Room | None, resident: Resid
         resident is None or (bool(node.loads) and any(f.ask.key == ask.key for f in loading(node, room)))
     )
     if unseen and sent is not None:
-        return None if _same_runner(sent, ask.reload_key, row, room) else "loaded for other options just now"
+        return None if _serves(sent, ask.reload_key, row, room) else "loaded for other options just now"
     return reload_reason(node, ask, row, room, resident) if resident else None
 
 
@@ -109,10 +112,9 @@ def reload_reason(node: Node, ask: Ask, row: Model, room: Room | None, resident:
     trained = _trained(row)
     if sent == ask.reload_key and (ask.num_ctx is None or running in (None, _clamp(ask.num_ctx, trained))):
         return None
-    before = _others(sent or ())
-    if sent is not None and before != _others(ask.reload_key):
+    if sent is not None and _differ(sent, ask.reload_key):
         return "other options"
-    if sent is None and _others(ask.reload_key):
+    if sent is None and _differ(ask.usual, ask.reload_key):
         return "options that may differ"
     if running is None:
         return None
@@ -124,6 +126,14 @@ def reload_reason(node: Node, ask: Ask, row: Model, room: Room | None, resident:
         return None if alike else f"num_ctx {running} → default"
     wanted = _clamp(wanted, trained)
     return None if running == wanted else f"num_ctx {running} → {wanted}"
+
+
+def runs_under(before: ReloadKey | None, asked: ReloadKey, loads: bool) -> ReloadKey:
+    """The options of the runner that serves ``asked``: it keeps its layers, unless it ``loads`` for that."""
+    layers = dict(before or ()).get("num_gpu")
+    if loads or layers is None or "num_gpu" in dict(asked):
+        return asked
+    return tuple(sorted((*asked, ("num_gpu", layers))))
 
 
 def loading(node: Node, room: Room | None) -> list[Flight]:
@@ -139,7 +149,7 @@ def _shared_load(node: Node, ask: Ask, row: Model, room: Room | None) -> Flight 
     sharing = [
         flight
         for flight in loading(node, room)
-        if flight.ask.key == ask.key and _same_runner(flight.ask.reload_key, ask.reload_key, row, room)
+        if flight.ask.key == ask.key and _serves(flight.ask.reload_key, ask.reload_key, row, room)
     ]
     # The first of them began the load; what the others expect has their queue in it.
     return min(sharing, key=lambda flight: flight.started_s, default=None)
@@ -150,12 +160,13 @@ def _loaded(node: Node, ask: Ask, room: Room | None) -> bool:
     return resident is not None and row is not None and reload_reason(node, ask, row, room, resident) is None
 
 
-def _same_runner(one: ReloadKey, other: ReloadKey, row: Model, room: Room | None) -> bool:
-    if one == other:
+def _serves(loaded: ReloadKey, asked: ReloadKey, row: Model, room: Room | None) -> bool:
+    """Whether a runner that was loaded for ``loaded`` can serve ``asked``."""
+    if loaded == asked:
         return True
     default, trained = room.default_num_ctx if room else 0, _trained(row)
-    contexts = [_clamp(dict(key).get("num_ctx", default), trained) for key in (one, other)]
-    return contexts[0] == contexts[1] and _others(one) == _others(other)
+    contexts = [_clamp(dict(key).get("num_ctx", default), trained) for key in (loaded, asked)]
+    return contexts[0] == contexts[1] and not _differ(loaded, asked)
 
 
 def _fit(
@@ -200,8 +211,17 @@ def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:
     return Fit(True, note="over several nodes")
 
 
-def _others(key: ReloadKey) -> ReloadKey:
-    return tuple((name, value) for name, value in key if name != "num_ctx")
+def _differ(loaded: ReloadKey, asked: ReloadKey) -> bool:
+    """Whether options other than num_ctx keep a runner from serving ``asked``.
+
+    Who names no number of layers (num_gpu) takes what the runner has.
+    """
+    if loaded == asked:
+        return False
+    before, after = dict(loaded), dict(asked)
+    after.setdefault("num_gpu", before.get("num_gpu", AS_FITS))
+    before.setdefault("num_gpu", AS_FITS)
+    return any(before.get(name) != after.get(name) for name in (before | after).keys() - {"num_ctx"})
 
 
 def _trained(row: Model) -> int | None:

@@ -52,7 +52,10 @@ class Hands:
     async def _load(self, action: Load, node: Node) -> Answer:
         """Load, counted in flight so that placement sees the load under way."""
         key, row = action.model, node.models.get(action.model)
-        ask = snapshot.load_ask(key, () if action.pinned else snapshot.options_in_use(self.fleet, key))
+        fleet = self.fleet
+        ask = snapshot.load_ask(
+            key, fleet.usual(key) if action.pinned else snapshot.options_in_use(fleet, key)
+        )
         machine = self.speeds.machine(node.name, node.report)
         expected_s = self.speeds.estimate(node.name, machine, key, row.size).load_s if row else 0.0
         flight = node.take(ask, self._now(), expected_s, load=True, service_s=0.0)

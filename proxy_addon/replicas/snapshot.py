@@ -48,7 +48,7 @@ def options_in_use(fleet: Fleet, key: str) -> ReloadKey:
     """The options under which ``key`` is asked for most: a replica under others would be loaded anew."""
     nodes = [node for node in fleet if key in node.loaded_with and key in node.resident]
     busiest = max(nodes, key=lambda node: (node.in_use[key], node.turn), default=None)
-    return busiest.loaded_with[key] if busiest is not None else ()
+    return busiest.loaded_with[key] if busiest is not None else fleet.usual(key)
 
 
 def options_there(node: Node, key: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def stand(
         also = frozenset(node.name for node in holding if node is not best and key not in node.pinned)
         return Stand(best.name, stays_s=holding[best], also=also)
     excluded = {name: ELSEWHERE for name in fleet.nodes if pin.node not in (None, name)}
-    ask = load_ask(key)
+    ask = load_ask(key, fleet.usual(key))
     for node in fleet.holders(key, now_s):
         begin = _start(node, ask, fleet, speeds) if node.pinned and not node.coordinator else ""
         if isinstance(begin, Start) and (ousted := node.pinned.intersection(begin.evicts)):

@@ -77,3 +77,14 @@ def test_memory_is_bounded_whatever_clients_ask_for(monkeypatch: pytest.MonkeyPa
     assert len(demand._models["steady"]) == MAX_VARIANTS
     assert demand.rate_per_s("made-up-39", (), NOW_S) > 0
     assert demand.rate_per_s("made-up-0", (), NOW_S) == 0
+
+
+def test_a_runner_with_layers_of_its_own_serves_also_those_that_name_none() -> None:
+    demand = Demand()
+    layers = (("num_ctx", 8192), ("num_gpu", 10))
+    for _ in range(3):
+        demand.note(ask(num_ctx=8192), NOW_S)
+    demand.note(ask(reload_key=layers), NOW_S)
+    alike = demand.rate_per_s("m", (("num_ctx", 8192),), NOW_S)
+    assert demand.rate_per_s("m", layers, NOW_S) == pytest.approx(alike * 4 / 3)
+    assert demand.rate_per_s("m", (("num_ctx", 4096), ("num_gpu", 10)), NOW_S) == 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.report import Report
-from proxy_addon.ask import Ask, ReloadKey
+from proxy_addon.ask import Ask, ReloadKey, parse
+from proxy_addon.endpoints import match
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement import policies, view
 from proxy_addon.placement.decision import Candidate
 from proxy_addon.placement.memory import NOTHING_SEEN
 from proxy_addon.placement.policies import decide
+from proxy_addon.placement.runner import runs_under
 from proxy_addon.placement.scene import Scene
 from proxy_addon.placement.view import look
 from proxy_addon.record import FinalStats
@@ -61,7 +64,8 @@ def test_a_resident_model_beats_a_load_elsewhere() -> None:
         ((), 5000, None, 8, "resident"),  # the node has a default of its own
         ((), 4096, 8192, 8, "reload: num_ctx 4096 → 8192"),
         ((("num_ctx", 8192),), 4096, 8192, 8, "reload: num_ctx 4096 → 8192"),  # somebody else reloaded it
-        ((("num_gpu", 10),), 4096, None, 8, "reload: other options"),
+        ((("num_gpu", 10),), 4096, None, 8, "resident"),  # who names no layers takes what there is
+        ((("num_thread", 4),), 4096, None, 8, "reload: other options"),
         (None, None, 8192, 8, "resident"),  # an Ollama that does not tell the context
     ],
 )
@@ -85,6 +89,88 @@ def test_reloads(
     found = candidate(fleet, 1, ask(num_ctx=num_ctx))
     assert found.notes[0] == note
     assert (found.terms["load_s"] > 0) == note.startswith("reload")
+
+
+LAYERS = (("num_gpu", 10),)
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked", "note"),
+    [
+        (LAYERS, LAYERS, "resident"),
+        (LAYERS, (("num_gpu", 0),), "reload: other options"),
+        ((), LAYERS, "reload: other options"),
+        (None, LAYERS, "reload: options that may differ"),
+    ],
+)
+def test_only_who_names_another_number_of_layers_reloads_for_it(
+    sent: ReloadKey | None, asked: ReloadKey, note: str
+) -> None:
+    fleet = Fleet()
+    n = node(fleet, 1, resident={"m": resident()})
+    if sent is not None:
+        n.loaded_with["m"] = sent
+    assert candidate(fleet, 1, ask(reload_key=asked)).notes[0] == note
+
+
+def test_a_load_under_way_is_shared_by_whoever_names_no_layers() -> None:
+    fleet = Fleet()
+    n = node(fleet, 1)
+    n.take(ask(reload_key=LAYERS), NOW_S - 3, expected_s=10, load=True, service_s=2)
+    assert candidate(fleet, 1).notes == ("shares a load under way",)
+    assert candidate(fleet, 1, ask(reload_key=(("num_gpu", 0),))).notes != ("shares a load under way",)
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "loads", "now"),
+    [
+        (LAYERS, (), False, LAYERS),
+        (LAYERS, (("num_ctx", 8192),), False, (("num_ctx", 8192), *LAYERS)),
+        (LAYERS, (), True, ()),  # a load of its own: as many as fit
+        (LAYERS, (("num_gpu", 0),), True, (("num_gpu", 0),)),
+        (None, (), False, ()),
+    ],
+)
+def test_a_runner_keeps_its_layers_until_it_is_loaded_anew(
+    before: ReloadKey | None, asked: ReloadKey, loads: bool, now: ReloadKey
+) -> None:
+    assert runs_under(before, asked, loads) == now
+
+
+@pytest.mark.parametrize(
+    ("named", "context", "note"),
+    [
+        ({}, 8192, "resident"),  # loaded by others, under what the Modelfile sets
+        ({}, 4096, "reload: num_ctx 4096 → 8192"),  # somebody named the node's default
+        ({"num_ctx": 4096}, 4096, "resident"),
+        ({"num_ctx": 4096}, 8192, "reload: num_ctx 8192 → 4096"),
+        ({"num_thread": 0}, 8192, "reload: options that may differ"),  # 0 is as without, and so another value
+        ({"num_thread": 4}, 8192, "resident"),
+        ({"num_thread": 8}, 8192, "reload: options that may differ"),
+    ],
+)
+def test_what_the_modelfile_sets_holds_where_a_request_says_nothing(
+    named: dict[str, int], context: int, note: str
+) -> None:
+    fleet = Fleet(modelfiles={"d": (("num_ctx", 8192), ("num_thread", 4))})
+    node(fleet, 1, resident={"m": resident(context=context)})
+    endpoint = match("/api/chat")
+    assert endpoint is not None
+    body = orjson.dumps({"model": "m", "options": named})
+    asked = parse(endpoint, "/api/chat", {}, body, "client")
+    asked.key = "m"
+    asked.settle(fleet.usual("m"))
+    assert candidate(fleet, 1, asked).notes[0] == note
+
+
+def test_a_context_of_the_modelfile_counts_in_what_a_model_needs() -> None:
+    fleet = Fleet(modelfiles={"d": (("num_ctx", 1_000_000),)})
+    node(fleet, 1)
+    asked = ask()
+    assert candidate(fleet, 1, asked).excluded is None
+    asked.settle(fleet.usual("m"))
+    excluded = candidate(fleet, 1, asked).excluded
+    assert excluded is not None and excluded.startswith("does not fit")
 
 
 @pytest.mark.parametrize(
