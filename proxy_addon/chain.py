@@ -125,6 +125,7 @@ class Sollol:
             partial(in_line, self.dispatch.admission),
         )
         self.prober = Prober(self.fleet, self.speeds, self.session, _now, guard.stamp, self.journal.note)
+        self.telemetry.probes = self.prober.outcomes
         budget = Budget(
             settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from agent.report import Resident
 from proxy_addon.fleet.node import Node
 
 
@@ -15,6 +18,18 @@ def health(node: Node, now_s: float) -> float:
 def gpu_free_bytes(node: Node) -> int | None:
     """Free memory of all its GPUs; None where no agent tells."""
     return sum(gpu.memory_free_bytes for gpu in node.report.gpus) if node.report else None
+
+
+def offloaded(node: Node) -> Iterator[tuple[Resident, int]]:
+    """What is in its memory and not wholly on its GPUs, and the bytes of it that the CPU computes.
+
+    Ollama says nothing of it. A machine without GPUs is as it is, a coordinator's devices are elsewhere.
+    """
+    if node.report is None or not node.report.gpus or node.coordinator:
+        return
+    for row in node.resident.values():
+        if row.size_vram < row.size:
+            yield row, row.size - row.size_vram
 
 
 def utilisation(node: Node) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -83,6 +83,7 @@ class Telemetry:
         self.tallies: dict[str, Tally] = {}  #: by node name
         self.finished = 0  #: requests that were for a node
         self.depth: Callable[[], Mapping[int, int]] = collections.Counter  #: how many wait now, by priority
+        self.probes: Mapping[str, int] = {}  #: how tries of doubtful nodes ended, and how many did
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "sollol_requests", "Requests that ended.", ("host", "model", "status"), registry=registry
@@ -137,7 +138,9 @@ class Telemetry:
         )
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
-        registry.register(_FleetCollector(fleet, self.tallies, lambda: self.depth(), now))
+        registry.register(
+            _FleetCollector(fleet, self.tallies, lambda: self.depth(), lambda: self.probes, now)
+        )
 
     def observe(self, record: Record) -> None:
         """Count a finished request; those about the proxy itself are not requests."""
@@ -213,10 +216,12 @@ class _FleetCollector(Collector):
         fleet: Fleet,
         tallies: dict[str, Tally],
         depth: Callable[[], Mapping[int, int]],
+        probes: Callable[[], Mapping[str, int]],
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._depth = depth
+        self._probes = probes
         self._tallies = tallies
         self._now = now
 
@@ -241,7 +246,24 @@ class _FleetCollector(Collector):
         waiting = self._depth()
         for priority in PRIORITIES:
             depth.add_metric((str(priority),), waiting[priority])
-        yield from (health, memory, in_flight, depth, self._latency(), *self._sharded())
+        probes = CounterMetricFamily(
+            "sollol_probes", "Tries of nodes that were believed slow or failing.", labels=("outcome",)
+        )
+        for outcome, count in self._probes().items():
+            probes.add_metric((outcome,), count)
+        yield from (health, memory, in_flight, depth, probes, self._offloaded(), self._latency())
+        yield from self._sharded()
+
+    def _offloaded(self) -> Metric:
+        offloaded = GaugeMetricFamily(
+            "sollol_offloaded_bytes",
+            "Of a model in memory, what is not on the GPUs of a node that has some.",
+            labels=("host", "model"),
+        )
+        for node in self._fleet:
+            for row, on_cpu in load.offloaded(node):
+                offloaded.add_metric((node.name, row.name), on_cpu)
+        return offloaded
 
     def _sharded(self) -> Iterator[Metric]:
         progress = GaugeMetricFamily(

@@ -118,6 +118,10 @@ def _node(node: Node, tally: Tally, now_s: float) -> dict[str, Any]:
             row.model_dump(mode="json", include={"name", "size", "size_vram", "context_length", "expires_at"})
             for row in node.resident.values()
         ],
+        "remarks": [
+            f"{row.name} is {max(100 * on_cpu / row.size, 1):.0f} % on the CPU"
+            for row, on_cpu in load.offloaded(node)
+        ],
         "models": [
             row.model_dump(mode="json", include={"name", "size", "digest"}) for row in node.models.values()
         ],

@@ -87,9 +87,10 @@ def render(answer: dict[str, Any]) -> RenderableType:
         )
     for row in nodes:
         table.add_row(*_cells(row))
+    remarks = [Text(f"{row['name']}: {each}", "yellow") for row in nodes for each in row["remarks"]]
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
     pins = [Text(f"{row['why']}.", "yellow") for row in answer["pins"] if row["why"]]
-    return Group(head, table, *reasons, *pins, *_queue(answer), *load_lines(nodes))
+    return Group(head, table, *remarks, *reasons, *pins, *_queue(answer), *load_lines(nodes))
 
 
 def _queue(answer: dict[str, Any]) -> list[Text]:

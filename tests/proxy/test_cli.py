@@ -238,7 +238,7 @@ def test_a_mistaken_setting_is_one_sentence(
 
 
 def test_status_is_a_table(url: str, admin: Admin) -> None:
-    admin.fleet.nodes["a:1"].resident[KEY] = Resident(name="gemma3:latest", size=10)
+    admin.fleet.nodes["a:1"].resident[KEY] = Resident(name="gemma3:latest", size=10, size_vram=6)
     admin.fleet.nodes["b:1"].poll_error = "connection refused"
     admin.telemetry.observe(record())
     shown = run("status", "--url", url)
@@ -250,7 +250,10 @@ def test_status_is_a_table(url: str, admin: Admin) -> None:
     assert lines[1].split("  ")[0] == "NODE"
     row = [cell.strip() for cell in lines[2].split("  ") if cell.strip()]
     assert row == ["a:1", "up", "0/1", "gemma3:latest", "15.3 GiB of 18.6 GiB", "30%", "1", "0", "1.5 s", "-"]
-    assert lines[-1].strip() == "b:1: connection refused"
+    assert [line.strip() for line in lines[-2:]] == [
+        "a:1: gemma3:latest is 40 % on the CPU",
+        "b:1: connection refused",
+    ]
 
 
 def test_status_names_who_waits_first(url: str, admin: Admin) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.report import Gpu, Host, Model, Ollama, Report
+from agent.report import Gpu, Host, Model, Ollama, Report, Resident
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
+from proxy_addon.chain import Sollol
 from proxy_addon.endpoints import Endpoint, match
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.placement.decision import Decision
 from proxy_addon.record import Attempt, FinalStats, Record
+from proxy_addon.settings import Settings
 from proxy_addon.telemetry import Telemetry, quantile
 
 NOW_S = 50.0
@@ -119,6 +122,29 @@ def test_the_conventional_ones(fleet: Fleet) -> None:
     assert seen["sollol_tokens_total|a:1|prompt|gemma3:latest"] == 5
     assert seen["sollol_hook_errors_total|request"] == 1
     assert any(name.startswith("sollol_build_info|") for name in seen)
+
+
+async def test_tries_of_doubtful_nodes_are_counted(tmp_path: Path) -> None:
+    proxy = Sollol(Settings(state_dir=tmp_path))
+    proxy.prober.outcomes["better"] += 2
+    assert samples(proxy.telemetry)["sollol_probes_total|better"] == 2
+
+
+def test_what_a_node_with_gpus_leaves_to_its_cpu(fleet: Fleet) -> None:
+    telemetry = Telemetry(fleet, lambda: NOW_S)
+    whole = Resident(name="whole:latest", size=10, size_vram=10)
+    for node in fleet:
+        node.resident = {"whole": whole, KEY: Resident(name="gemma3:latest", size=10, size_vram=6)}
+    name = "sollol_offloaded_bytes"
+
+    def rows() -> dict[str, float]:
+        return {key: value for key, value in samples(telemetry).items() if key.startswith(name)}
+
+    assert rows() == {f"{name}|a:1|gemma3:latest": 4}  # no agent tells whether b has GPUs
+    fleet.nodes["b:1"].report = report()
+    assert rows() == {f"{name}|a:1|gemma3:latest": 4}  # it has none
+    fleet.nodes["a:1"].resident = {"whole": whole}
+    assert rows() == {}
 
 
 def test_names_that_clients_make_up_are_one_label(fleet: Fleet) -> None:
