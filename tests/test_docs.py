@@ -35,7 +35,7 @@ def test_what_the_example_comments_out_are_the_defaults(tmp_path: Path) -> None:
     path.write_text(COMMENTED_OUT.sub(r"\1\2", EXAMPLE.read_text("utf-8")), "utf-8")
     whole, default = load(path, {}), Settings()
     assert {"discovery", "placement", "timeouts", "retry", "poll"} <= whole.model_fields_set
-    for name in ("discovery", "placement", "timeouts", "retry", "poll", "pull"):
+    for name in ("discovery", "placement", "timeouts", "retry", "poll", "pull", "admission"):
         assert getattr(whole, name) == getattr(default, name)
         assert name == "placement" or getattr(whole, name).model_fields_set == set(
             getattr(whole, name).model_dump()
