@@ -7,7 +7,7 @@ ejection; everything else only reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from proxy_addon.fleet import slots as served
 from proxy_addon.fleet.crowd import Company, Crowd, Mark
 from proxy_addon.fleet.health import Health
 from proxy_addon.fleet.prefix_cache import PrefixCache, Slot
+from proxy_addon.fleet.sessions import NONE, Session
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask, ReloadKey
@@ -104,6 +105,7 @@ class Node:
     version: str | None = None
     models: dict[str, Model] = field(default_factory=dict)  #: by canonical name
     resident: dict[str, Resident] = field(default_factory=dict)  #: by canonical name
+    sessions: Mapping[str, Session] = NONE  #: of what is in memory: who goes first when room is needed
     report: Report | None = None
     report_s: float | None = None  #: when the report arrived
     polled_s: float | None = None  #: last good poll of its Ollama
@@ -206,7 +208,7 @@ class Node:
     def drives_out(self, key: str) -> bool:
         """Whether the model ``key`` is about to go: a load under way is waiting for its requests to end.
 
-        Ollama lets others use it until then, but every one of them keeps that load waiting, and all behind it.
+        Ollama lets others use it until then, but each of them keeps that load waiting, and all behind it.
         """
         return any(key in flight.evicts for flight in self.flights if flight.first_byte_s is None)
 
@@ -252,6 +254,7 @@ class Fleet:
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     modelfiles: dict[str, ReloadKey] = field(default_factory=dict)
     #: digest → what the Modelfile sets of what shapes a runner; those that set nothing of it are left out
+    blobs: dict[str, str] = field(default_factory=dict)  #: digest → hex sha256 of the model's own file
     views: dict[str, View] = field(default_factory=dict)
     #: canonical name → what placement has worked out of who may serve it
     pins: list[dict[str, Any]] = field(default_factory=list)  #: how each pin stands, for the status

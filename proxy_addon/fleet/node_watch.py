@@ -15,6 +15,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from yarl import URL
@@ -28,6 +29,7 @@ from proxy_addon.fleet.agent_watch import AgentWatch
 from proxy_addon.fleet.liveness import Liveness
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.polls import Http, PollFailed, fetch, parse_version
+from proxy_addon.fleet.sessions import followed
 from proxy_addon.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class NodeWatch:
         self._headers: dict[str, str] = {}
         access.stamp(self._headers, proxy_id)
         self._round = 0
+        self._zero: datetime | None = None  #: the date at 0 of our clock; None: its memory was not seen yet
         self._doubtful = False  #: a request saw it fail: the next round looks at everything
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._tags = asyncio.Lock()
@@ -188,6 +191,7 @@ class NodeWatch:
             return
         node.poll_error = f"it {failure.reason}"
         node.holds({})
+        self._zero = None
         slots.restarted(node)
         self._seen.clear()
         self.looked.set()
@@ -206,6 +210,13 @@ class NodeWatch:
         self._on_models(self.node)
 
     def _set_resident(self, resident: dict[str, Resident]) -> None:
+        node, now_s, first = self.node, asyncio.get_running_loop().time(), self._zero is None
+        if self._zero is None:
+            self._zero = datetime.now(UTC) - timedelta(seconds=now_s)
+        at = self._zero + timedelta(seconds=now_s)
+        sessions = followed(node.sessions, node.resident, resident, self._fleet.blobs, at, first)
+        if sessions != node.sessions:
+            node.sessions = sessions
         if resident is not self.node.resident:  # the answer was not the same, byte for byte
             self.node.holds(resident)
             self._fleet.news(self.node)

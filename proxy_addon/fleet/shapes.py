@@ -1,9 +1,10 @@
-"""What models are made of and what their Modelfiles set: ``/api/show``, asked once per digest in the fleet."""
+"""What models are made of and what their Modelfiles set: ``/api/show``, asked once per digest."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ TRIES = 3  #: per digest; another node may have it as well
 
 
 class Shapes:
-    """Fills ``fleet.shapes`` and ``fleet.modelfiles`` in the background: nothing waits for it."""
+    """Fills ``shapes``, ``modelfiles`` and ``blobs`` of the fleet in the background: nothing waits for it."""
 
     def __init__(self, fleet: Fleet, http: Http) -> None:
         self._fleet = fleet
@@ -56,6 +57,8 @@ class Shapes:
             self._tries[digest] = self._tries.get(digest, 0) + 1
             try:
                 told = await self._show(node, {"model": name})
+                if blob := blob_of(told.get("modelfile")):
+                    self._fleet.blobs[digest] = blob
                 if options := options_of(told.get("parameters")):
                     self._fleet.modelfiles[digest] = options
                 self._fleet.shapes[digest] = info = dict(told["model_info"])
@@ -73,6 +76,15 @@ class Shapes:
     async def _show(self, node: Node, question: dict[str, Any]) -> dict[str, Any]:
         body = await fetch(self._http, URL(node.url) / "api/show", SHOW_TIMEOUT_S, json=question)
         return dict(await asyncio.to_thread(orjson.loads, body))
+
+
+def blob_of(modelfile: Any) -> str | None:
+    """The hex sha256 of the file that ``modelfile`` of ``/api/show`` names as the model's."""
+    found = _FROM.search(modelfile) if isinstance(modelfile, str) else None
+    return found[1].lower() if found else None
+
+
+_FROM = re.compile(r"^FROM\s.*sha256[-:]([0-9a-f]{64})\s*$", re.IGNORECASE | re.MULTILINE)
 
 
 def options_of(parameters: Any) -> ReloadKey:

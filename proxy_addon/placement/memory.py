@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from agent.report import Report, Resident
+from proxy_addon.fleet.sessions import NONE, Session, as_evicted
 
 MIB, GIB = 1 << 20, 1 << 30
 KV_ELEMENT_BYTES = 2.0  #: f16, Ollama's default; q8_0 is 1.0625, q4_0 0.5625
@@ -202,12 +203,19 @@ def once_loaded(
     return replace(room, gpu_free_bytes=gpu_free, ram_free_bytes=ram_free), after
 
 
-def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy: Collection[str] = ()) -> Fit:
+def fit(
+    need: int,
+    room: Room,
+    resident: Mapping[str, Resident],
+    key: str,
+    busy: Collection[str] = (),
+    sessions: Mapping[str, Session] = NONE,
+) -> Fit:
     """How a model of ``need`` bytes, canonical name ``key``, would lie on a node with ``room``.
 
-    A resident of the same name is replaced. Others go, idle ones (not in ``busy``) and those that would
-    expire soonest first, while the model does not fit wholly on the GPUs. What is still too much is computed
-    from RAM; only where that does not suffice either, the model does not fit.
+    A resident of the same name is replaced. Others go, idle ones (not in ``busy``) first and in the order of
+    their ``sessions`` (sessions.py), while the model does not fit wholly on the GPUs. What is still too much
+    is computed from RAM; only where that does not suffice either, the model does not fit.
     """
     gpu_free, ram_free, own = room.gpu_free_bytes, room.ram_free_bytes, resident.get(key)
     if own is not None:
@@ -215,7 +223,7 @@ def fit(need: int, room: Room, resident: Mapping[str, Resident], key: str, busy:
     left = len(resident) - (own is not None)
     evicts: list[str] = []
     if left and need > (gpu_free if room.gpus else ram_free) * ADDITIONAL_SHARE:
-        for name in _eviction_order(resident, key, busy):
+        for name in _eviction_order(resident, key, busy, sessions):
             gpu_free, ram_free = _given_back(resident[name], room, gpu_free, ram_free)
             evicts.append(name)
             left -= 1
@@ -239,14 +247,13 @@ def _given_back(row: Resident, room: Room, gpu_free: int, ram_free: int) -> tupl
     return gpu_free + on_gpu, ram_free + (0 if room.unified else row.size - on_gpu)
 
 
-def _eviction_order(resident: Mapping[str, Resident], key: str, busy: Collection[str]) -> list[str]:
-    """The residents but ``key``: idle ones before busy ones, then those that expire sooner."""
-    order = sorted([(name in busy, _expiry(row), name) for name, row in resident.items() if name != key])
-    return [name for _, _, name in order]
-
-
-def _expiry(row: Resident) -> float:
-    return row.expires_at.timestamp() if row.expires_at else float("inf")
+def _eviction_order(
+    resident: Mapping[str, Resident], key: str, busy: Collection[str], sessions: Mapping[str, Session]
+) -> list[str]:
+    """The residents but ``key``: idle ones before busy ones."""
+    others = resident.keys() - {key}
+    at_work = others.intersection(busy)
+    return as_evicted(others - at_work, sessions) + as_evicted(at_work, sessions)
 
 
 def _gib(size_bytes: float) -> str:

@@ -196,7 +196,7 @@ def _fit(
     ]
     if unseen:
         room, resident = memory.once_loaded(room, resident, unseen)
-    return memory.fit(need, room, resident, ask.key, node.in_use)
+    return memory.fit(need, room, resident, ask.key, node.in_use, node.sessions)
 
 
 def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:

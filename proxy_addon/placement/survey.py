@@ -137,12 +137,13 @@ def _starts(scene: Scene, place: Place) -> Starts:
             and room[1] is scene.seen
             and room[2] == node.resident
             and room[3] == node.in_use.keys()
+            and room[4] is node.sessions
         ):
             return known
     begin = _start(scene, place)
     needs_room = isinstance(begin, str) or begin.loads
-    room = (scene.shape, scene.seen, dict(node.resident), set(node.in_use)) if needs_room else None
-    place.starts = Starts(scene.wanted, sent, begin, room)
+    given = scene.shape, scene.seen, dict(node.resident), set(node.in_use), node.sessions
+    place.starts = Starts(scene.wanted, sent, begin, given if needs_room else None)
     return place.starts
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from proxy_addon.fleet.learning import MAX_SIZES, Speeds
 from proxy_addon.fleet.node import Fleet
+from proxy_addon.fleet.sessions import Session
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.placement.memory import (
     GPU_RESERVE_BYTES,
@@ -20,7 +20,7 @@ from proxy_addon.placement.memory import (
     shape_of,
 )
 from proxy_addon.placement.policies import decide
-from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident
+from tests.proxy.placement.worlds import GIB, NOW_S, ask, name, node, report, resident
 
 MIB = 1 << 20
 LLAMA3_8B: dict[str, Any] = {
@@ -114,15 +114,16 @@ def test_an_additional_model_leaves_a_fifth_of_what_is_free() -> None:
     assert fit(8 * GIB, room, {}, "m").evicts == ()
 
 
-def test_idle_models_that_expire_first_go_first_and_no_more_than_needed() -> None:
-    rows = {
-        key: resident(6).model_copy(update={"expires_at": DAY + timedelta(minutes=minutes)})
-        for key, minutes in (("late", 5), ("soon", 1), ("busy", 0))
-    }
-    room = room_of(report(gpu_gib=24, free_gib=5))
-    assert fit(6 * GIB, room, rows, "m", {"busy"}).evicts == ("soon",)
-    assert fit(12 * GIB, room, rows, "m", {"busy"}).evicts == ("soon", "late")
-    assert fit(20 * GIB, room, rows, "m", {"busy"}).evicts == ("soon", "late", "busy")
+def test_idle_models_with_the_shortest_session_go_first_and_no_more_than_needed() -> None:
+    sessions = {"long": Session(300), "short": Session(60), "busy": Session(0)}
+    rows, room = dict.fromkeys(sessions, resident(6)), room_of(report(gpu_gib=24, free_gib=5))
+
+    def evicts(need: int) -> tuple[str, ...]:
+        return fit(need, room, rows, "m", {"busy"}, sessions).evicts
+
+    assert evicts(6 * GIB) == ("short",)
+    assert evicts(12 * GIB) == ("short", "long")
+    assert evicts(20 * GIB) == ("short", "long", "busy")
 
 
 def test_a_reload_gives_back_its_own_memory_first() -> None:
