@@ -50,6 +50,7 @@ from proxy_addon.replicas.keeper import Keeper
 from proxy_addon.replicas.snapshot import in_line
 from proxy_addon.retry import Budget
 from proxy_addon.route import Route
+from proxy_addon.second_thoughts import SecondThoughts
 from proxy_addon.settings import Address, Settings
 from proxy_addon.telemetry import Telemetry
 from proxy_addon.timeouts import Timeouts
@@ -151,6 +152,7 @@ class Sollol:
             self.keeper,
             Route(self.dispatch, one_server, budget),
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
+            SecondThoughts(self.dispatch, timeouts.take_back),
             timeouts,
             Answer(_now, settings.routing_metadata == "body"),
             Epilogue(

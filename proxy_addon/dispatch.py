@@ -17,6 +17,7 @@ from proxy_addon import errors
 from proxy_addon.admission import limits
 from proxy_addon.admission.admission import Admission
 from proxy_addon.admission.limits import Refused
+from proxy_addon.admission.passing import where
 from proxy_addon.admission.waiter import NOTHING, Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Task
@@ -59,6 +60,9 @@ class Dispatch:
         self.admission = Admission(fleet, settings.admission, self._decide, self._start, now)
         self._asked: dict[Waiter, tuple[http.HTTPFlow, Record]] = {}  # those that admission has now
         self.in_flight: dict[Node, set[http.HTTPFlow]] = {}
+        self._changed = asyncio.Event()  #: set, and replaced, when a node may have become free
+        fleet.on_freed.append(self._stir)
+        fleet.on_lost.append(lambda _node, _reason: self._stir())
 
     async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
         """Point ``flow`` at the best node; None once that is done, else the client's answer.
@@ -66,7 +70,8 @@ class Dispatch:
         It waits in line until a node has time for it. Nodes in ``rec.excluded`` are not tried. When nobody is
         left, it waits (exponential back-off) and starts over without those whose failure will not pass, up to
         ``retry.rounds`` rounds, or for ``shard.wait_s`` where only a coordinator could serve that may come
-        back. Returns None at once, unplaced, when the client has left.
+        back. No round is counted while the only node that could serve it is coming back and given little.
+        Returns None at once, unplaced, when the client has left.
         """
         assert rec.ask is not None
         while True:
@@ -78,6 +83,12 @@ class Dispatch:
                 return self.refuse(rec, refused)
             if decision is None or decision.node is not None:
                 return None
+            if self._comes_back(rec):
+                await self._change(rec)
+                if rec.left:
+                    return None
+                rec.excluded = dict(rec.hopeless)
+                continue
             rec.decisions.append(decision)
             if self.fleet.nobody_stores(rec.ask.key) and self.fleet.up(self.now()):
                 return self._answer(rec, 404, _not_found(rec.ask))
@@ -161,6 +172,13 @@ class Dispatch:
         decision = decide(rec.ask, self.fleet, self.speeds, self.now(), policy, excluded, self.rules)
         return decision.node is not None
 
+    def at_once_elsewhere(self, rec: Record, node: Node) -> Decision | None:
+        """The decision by which ``rec`` could start now on another node than ``node``, if there is one."""
+        closed = {node.name: "has it already"}
+        ahead_s = self.settings.admission.ahead_s
+        decision, ready = where(self._waiter(rec), self.fleet, self._decide, ahead_s, closed)
+        return decision if ready else None
+
     def send(self, flow: http.HTTPFlow, rec: Record, node: Node, decision: Decision | None = None) -> None:
         """Point ``flow`` at ``node`` and count it in flight there."""
         now_s = self.now()
@@ -207,6 +225,36 @@ class Dispatch:
         if rec.awaits_until_s is None:
             rec.awaits_until_s = self.now() + self.settings.shard.wait_s
         return self.now() < rec.awaits_until_s
+
+    def _comes_back(self, rec: Record) -> bool:
+        """Whether a node is only kept from taking ``rec`` by how few it is given while it comes back."""
+        assert rec.ask is not None and rec.waiter is not None
+        now_s, key = self.now(), rec.ask.key
+        return now_s - rec.waiter.arrived_s < self.settings.admission.max_wait_s and any(
+            node.up(now_s)
+            and key in node.models
+            and node.name not in rec.hopeless
+            and not node.health.admits(len(node.flights))
+            for node in self.fleet
+        )
+
+    async def _change(self, rec: Record) -> None:
+        """Wait until a node is free or lost, or the client leaves, or it has waited too long."""
+        assert rec.waiter is not None
+        until_s = rec.waiter.arrived_s + self.settings.admission.max_wait_s
+        rec.on_left.append(self._stir)
+        try:
+            async with asyncio.timeout(until_s - self.now()):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        finally:
+            if self._stir in rec.on_left:
+                rec.on_left.remove(self._stir)
+
+    def _stir(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _until_one_returns_s(self, rec: Record) -> float:
         """How long to wait on for an ejection to end: rounds that nobody can be tried in show nothing.

@@ -58,6 +58,8 @@ class Failover:
             detail = f"no connection within {self.dispatch.settings.timeouts.connect_s:g} s"
         rec.abort_reason = None
         meaning = classify(failure.phase, failure.status, failure.detail, rec.endpoint)
+        if rec.moving:
+            meaning, rec.moving = Meaning.MOVED, False
         self.dispatch.release(flow, rec, meaning.value, detail)
         idle_close = failure.reused and meaning is Meaning.DIED and node.name not in rec.idle_closed
         if idle_close:
@@ -82,7 +84,9 @@ class Failover:
                 rec.hopeless[node.name] = rec.excluded[node.name]
         # The first failover of a request is free: a node that dies with a hundred requests must not turn
         # the ninety-first into an error. What a sick fleet could amplify are the tries after that.
-        if len(rec.attempts) > 1 and not self.budget.take(now_s):
+        # What was moved had not failed.
+        failed = sum(attempt.outcome != Meaning.MOVED for attempt in rec.attempts)
+        if meaning is not Meaning.MOVED and failed > 1 and not self.budget.take(now_s):
             failure.response = self._give_up(failure, rec, node, f"{detail}; the retry budget is spent")
             return
         self.on_retry(meaning.value)

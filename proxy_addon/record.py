@@ -75,6 +75,8 @@ class Record:
     awaits_until_s: float | None = None  #: how long a coordinator is waited for, once there is nobody else
     rounds: int = 0  #: how often every candidate was tried in vain
     abort_reason: str | None = None  #: why we ourselves ended the attempt (a time limit, a lost node)
+    moving: bool = False  #: the attempt is being taken back, to be made on another node
+    looked_s: float = 0.0  #: when that was last considered
     left: bool = False  #: the client has gone
     stream: Stream | None = None  #: set by an addon in place of flow.response, for a streamed answer
     placed: bool = False  #: the flow's address is a node that an addon chose; nothing else may be contacted

@@ -91,6 +91,8 @@ def judge(flow: http.HTTPFlow, held: bytes | bytearray, ended: bool) -> tuple[Ve
     rec, response = record.of(flow), flow.response
     if rec is None or response is None or rec.endpoint is None or rec.endpoint.handling is not Handling.ROUTE:
         return "release", ""
+    if rec.moving and not ended:
+        return "wait", ""  # it will break off: whatever comes until then must not be begun with
     framing = framing_of(response)
     if framing == "whole" and rec.ask is not None and rec.ask.stream:
         framing = "ndjson" if rec.protocol == "native" else "opaque"

@@ -25,6 +25,7 @@ class Meaning(StrEnum):
     TOO_SMALL = "too_small"  #: the model does not fit there now
     BROKEN = "broken"  #: its runner failed; the next one may work
     REFUSED = "refused"  #: the node will not talk to us at all (host check)
+    MOVED = "moved"  #: nothing: we took the request back, for another node is faster by now
     ANSWER = "answer"  #: not a failure of the node: the client must see it
 
 

@@ -46,8 +46,8 @@ STATUS = {
     "cut": "failure",
 }
 
-#: Ends of an attempt that say nothing about whether the node works: it was full, or right to refuse.
-NEUTRAL = frozenset({"client_left", "refused", "full", "stale", "too_small", "answer"})
+#: Ends of an attempt that say nothing about whether the node works: it was full, right to refuse, …
+NEUTRAL = frozenset({"client_left", "refused", "full", "stale", "too_small", "moved", "answer"})
 
 
 @dataclass(slots=True)

@@ -181,10 +181,15 @@ class Timeouts:
         rec = record.of(flow)
         if rec is not None:
             rec.abort_reason = reason
-        handler = _handler(flow.client_conn)
-        io = handler.transports.get(flow.server_conn) if handler is not None else None
-        if io is not None and io.writer is not None:
-            io.writer.transport.abort()
+        _break_off(flow)
+
+    def take_back(self, flow: http.HTTPFlow, reason: str) -> bool:
+        """As :meth:`abort`, but harmless where there is no connection yet; whether there was one."""
+        rec = record.of(flow)
+        if rec is None or not flow.server_conn.connected or not _break_off(flow):
+            return False
+        rec.abort_reason = reason
+        return True
 
 
 #: What mitmproxy makes of a cancelled connect (``ConnectionHandler.open_connection``).
@@ -193,6 +198,15 @@ CONNECT_CANCELLED = "connection cancelled"
 
 def _handler(client: Client):  # type: ignore[no-untyped-def]  # mitmproxy's ProxyConnectionHandler
     return ctx.master.addons.get("proxyserver").connections.get(client.id)
+
+
+def _break_off(flow: http.HTTPFlow) -> bool:
+    handler = _handler(flow.client_conn)
+    io = handler.transports.get(flow.server_conn) if handler is not None else None
+    if io is None or io.writer is None:
+        return False
+    io.writer.transport.abort()
+    return True
 
 
 def _stalls(client: Client) -> bool:

@@ -30,6 +30,7 @@ from proxy_addon.http_stream import Failure as Failed
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.record import FinalStats, Record
 from proxy_addon.retry import Budget
+from proxy_addon.second_thoughts import SecondThoughts
 from proxy_addon.settings import Settings
 from tests.fakes.clock import clock_s
 from tests.sim.in_process import AGENT_PORT, Session
@@ -51,6 +52,7 @@ class Ours:
         retry = self.settings.retry
         self._budget = Budget(retry.budget_ratio, retry.budget_min_per_s, retry.budget_window_s)
         self._flows: dict[Request, http.HTTPFlow] = {}
+        self._requests: dict[http.HTTPFlow, Request] = {}
         self._index: dict[str, int] = {}
         self._looked: asyncio.Task[None] | None = None
 
@@ -66,6 +68,7 @@ class Ours:
         session = cast(aiohttp.ClientSession, Session(nodes, agents))
         watch = Watch(self.fleet, self.settings, lambda: session, "simulated")
         self._failover = Failover(self.dispatch, self._budget, watch.suspect, lambda meaning: None)
+        self._second_thoughts = SecondThoughts(self.dispatch, self._take_back)
         self._epilogue = Epilogue(self.dispatch, watch.suspect, (self.records.append,))
         prober = Prober(
             self.fleet, self.speeds, lambda: session, clock_s, lambda headers: None, lambda kind, what: None
@@ -85,7 +88,7 @@ class Ours:
         rec.endpoint = endpoint
         rec.ask = asks.parse(endpoint, arrival.path, {}, orjson.dumps(arrival.body()), arrival.client)
         rec.ask.body = {}
-        self._flows[request] = flow
+        self._flows[request], self._requests[flow] = flow, request
         self._budget.request(clock_s())
         self.speeds.demand.note(rec.ask, clock_s())
         return self._placed(flow, rec, await self.dispatch.place(flow, rec))
@@ -96,6 +99,7 @@ class Ours:
             self._epilogue.response(flow)
             return None
         assert rec.node is not None
+        self._second_thoughts.request(flow)
         return self._index[rec.node.name]
 
     def _of(self, request: Request) -> tuple[http.HTTPFlow, Record]:
@@ -103,6 +107,12 @@ class Ours:
         rec = record.of(flow)
         assert rec is not None
         return flow, rec
+
+    def _take_back(self, flow: http.HTTPFlow, reason: str) -> bool:
+        self._requests[flow].take_back(reason)
+        _, rec = self._of(self._requests[flow])
+        rec.abort_reason = reason
+        return True
 
     def first_token(self, request: Request) -> None:
         """Do what the relay does with the first byte."""
@@ -120,11 +130,14 @@ class Ours:
     async def failed(self, request: Request, failure: Failure) -> int | None:
         """Do what the stream does about a failed attempt."""
         flow, rec = self._of(request)
-        if failure.status is None:
+        if rec.moving:
+            failed = Failed(flow, "reset", failure.text)
+        elif failure.status is None:
             failed = Failed(flow, "connect", failure.text)
         else:
             failed = Failed(flow, "status", failure.text, failure.status)
         await self._failover.sollol_failure(failed)
+        self._second_thoughts.sollol_failure(failed)
         if failed.retry:
             return self._placed(flow, rec, None)
         return self._placed(flow, rec, failed.response or http.Response.make(failure.status or 503))

@@ -54,6 +54,14 @@ class Request:
     placed_s: float = 0.0
     first_s: float | None = None
     attempts: int = 0
+    work: asyncio.Task[FinalStats | Failure] | None = None  #: the attempt under way
+    taken_back: str | None = None  #: why the balancer has ended it
+
+    def take_back(self, reason: str) -> None:
+        """End the attempt as a client's leaving would: it has then failed, for ``reason``."""
+        assert self.work is not None and self.first_s is None
+        self.taken_back = reason
+        self.work.cancel()
 
 
 class Balancer(Protocol):
@@ -218,13 +226,25 @@ class World:
         while index is not None:
             request.node, request.placed_s = index, clock_s()
             request.attempts += 1
-            found = await self.nodes[index].serve(request, self.balancer)
+            found = await self._attempt(request, self.nodes[index])
             self._work[index].append((request.placed_s, clock_s()))
             if isinstance(found, FinalStats):
                 self.balancer.ended(request, found)
                 return self._outcome(request, index, found.output_tokens or 0)
             index = await self.balancer.failed(request, found)
         return self._outcome(request, None, 0, failed=True)
+
+    async def _attempt(self, request: Request, node: SimNode) -> FinalStats | Failure:
+        request.work = asyncio.create_task(node.serve(request, self.balancer))
+        try:
+            return await request.work
+        except asyncio.CancelledError:
+            if request.taken_back is None:
+                raise
+            reason, request.taken_back = request.taken_back, None
+            return Failure(None, reason)
+        finally:
+            request.work.cancel()  # where it is this that was cancelled
 
     def _outcome(self, request: Request, node: int | None, tokens: int, *, failed: bool = False) -> Outcome:
         total_s = clock_s() - request.sent_s
