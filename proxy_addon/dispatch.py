@@ -84,6 +84,8 @@ class Dispatch:
             if decision is None or decision.node is not None:
                 return None
             if self._comes_back(rec):
+                if not rec.decisions or rec.decisions[-1].node is not None:
+                    rec.decisions.append(decision)  # once: it may be looked at again many times
                 await self._change(rec)
                 if rec.left:
                     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import aiohttp
 import pytest
@@ -27,6 +28,7 @@ from tests.proxy.asks import BY_NAME, WAYS, Heard, Way, ask
 from tests.proxy.running import RunningProxy, with_slots
 
 PROMPT = "[[id:job]] [[n:12]] count"
+LLAMA = "registry.ollama.ai/library/llama3.2:latest"
 LIMITS = {"connect_s": 0.5, "first_byte_s": 0.7, "load_s": 0.3, "idle_s": 0.5, "whole_answer_s": 0.7}
 
 
@@ -310,6 +312,56 @@ async def test_the_only_node_left_is_waited_for_where_its_failures_have_just_eje
     await dead.kill()
     complete(await fleet.ask(way), way)
     assert len(sick.requests(way.path)) == 4
+
+
+async def test_nobody_is_turned_away_while_the_only_node_comes_back() -> None:
+    way, only = BY_NAME["chat"], await FakeOllama().start()
+    prompts = [f"[[id:{name}]] [[n:400]] count" for name in "abcd"]
+    async with RunningProxy([only]) as proxy, aiohttp.ClientSession() as session:
+        only.fail(named("v024_terminated", path=way.path, times=3))
+        assert (await ask(session, proxy.url, way, PROMPT)).status == 500  # it failed twice there
+        # The third failure ejects the node. Then it is given one request, which takes longer than all rounds.
+        heards = await asyncio.gather(*(ask(session, proxy.url, way, prompt) for prompt in prompts))
+    for heard, prompt in zip(heards, prompts, strict=True):
+        complete(heard, way, prompt)
+    await only.stop()
+
+
+def wanted(proxy: RunningProxy) -> float:
+    """Requests a second, as the proxy counts them when they arrive."""
+    now_s = asyncio.get_running_loop().time()
+    rate: float = proxy.sollol.speeds.demand.rate_per_s(LLAMA, None, now_s)
+    return rate
+
+
+async def decisions(session: aiohttp.ClientSession, proxy: RunningProxy) -> list[dict[str, Any]]:
+    """What the journal says of requests that have ended."""
+    async with session.get(f"{proxy.url}/sollol/decisions") as answer:
+        found: list[dict[str, Any]] = (await answer.json())["requests"]
+        return found
+
+
+async def test_a_client_that_leaves_while_the_only_node_comes_back_is_forgotten_at_once() -> None:
+    way, only = BY_NAME["chat"], await FakeOllama().start()
+    async with RunningProxy([only]) as proxy, aiohttp.ClientSession() as session:
+        (node,) = proxy.sollol.fleet
+        node.health.polled()  # it came back: one at a time
+        only.hold_tokens()
+        first = asyncio.create_task(ask(session, proxy.url, way, PROMPT))
+        await only.wait_received(1, path=way.path)
+        seen = wanted(proxy)
+        second = asyncio.create_task(ask(session, proxy.url, way, PROMPT))
+        async with asyncio.timeout(10):
+            while wanted(proxy) < 1.5 * seen:  # the proxy has it
+                await asyncio.sleep(0.01)
+            second.cancel()
+            while not (gone := await decisions(session, proxy)):
+                await asyncio.sleep(0.01)
+        assert [each["outcome"] for each in gone] == ["client_left"]
+        only.go_on()
+        complete(await first, way)
+        assert len(only.requests(way.path)) == 1
+    await only.stop()
 
 
 @pytest.mark.parametrize("make", [lambda: named("terminated", times=None), lambda: rst(times=None)])
