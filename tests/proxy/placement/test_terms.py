@@ -17,7 +17,7 @@ from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.finish_time import NEIGHBOURS, RISK, TERMS
 from proxy_addon.placement.policies import POLICIES, choose, decide
 from proxy_addon.placement.rules import Rules
-from proxy_addon.placement.survey import KEPT_S
+from proxy_addon.placement.survey import KEPT_S, LOADED_AGAIN
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.worlds import GIB, NOW_S, ask, name, node, report, resident, row
 
@@ -81,14 +81,14 @@ def test_what_we_take_from_those_who_decode_there_counts_as_ours() -> None:
 
 
 def evicting(speeds: Speeds, **fields: object) -> float:
-    """The price of evicting ``a`` of 9 GiB, in seconds of its load."""
+    """The price of evicting ``a``, whose file has 4 GiB and which takes 9, in what loading it again counts."""
     fleet = Fleet()
     models = {key: row() for key in ("m", "a")}
     full = report(gpu_gib=20, free_gib=1)
     node(fleet, 1, report=full, models=models, resident={"a": resident(9)}, loaded_with={"a": ()}, **fields)
     found = candidate(fleet, speeds=speeds)
     assert "evicts 1" in found.notes
-    return found.terms["evict_s"] / (9 * GIB / 1e9)
+    return found.terms["evict_s"] / (LOADED_AGAIN * 4 * GIB / 1e9)
 
 
 def test_an_evicted_model_costs_its_load_as_far_as_it_is_wanted() -> None:
@@ -116,7 +116,7 @@ def test_a_reload_evicts_what_was_loaded_under_other_options() -> None:
     for second in range(10):
         speeds.demand.note(ask(num_ctx=8192), NOW_S - second)
     found = candidate(fleet, asked=ask(num_ctx=4096), speeds=speeds)
-    assert found.terms["evict_s"] == pytest.approx(found.terms["load_s"], rel=0.1)
+    assert found.terms["evict_s"] == pytest.approx(LOADED_AGAIN * found.terms["load_s"], rel=0.1)
     assert candidate(fleet, asked=ask(num_ctx=8192), speeds=speeds).terms["evict_s"] == 0
 
 
