@@ -9,8 +9,9 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mitmproxy.test.tflow import tflow
 
-from proxy_addon import relay
+from proxy_addon import record, relay
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import match
 from proxy_addon.record import Record
@@ -53,6 +54,21 @@ def test_a_line_too_long_to_hold_is_passed_on_and_its_loss_is_told_on_a_line_of_
     assert filter_.cut("gone").startswith(b'\n{"error"')
     assert filter_(b'"}\n') == b'"}\n'
     assert filter_.cut("gone").startswith(b'{"error"')
+
+
+def test_nothing_is_begun_of_an_answer_that_is_being_taken_back() -> None:
+    flow = tflow(resp=True)
+    assert flow.response is not None
+    flow.response.headers["content-type"] = "application/x-ndjson"
+    endpoint = match("/api/chat")
+    assert endpoint
+    rec = record.open_for(flow, endpoint.protocol, 0.0)
+    rec.endpoint = endpoint
+    first = b'{"message":{}}\n'
+    assert relay.judge(flow, first, ended=False) == ("release", "")
+    rec.moving = True
+    assert relay.judge(flow, first, ended=False) == ("wait", "")
+    assert relay.judge(flow, first, ended=True) == ("release", ""), "whole before the connection broke"
 
 
 @given(

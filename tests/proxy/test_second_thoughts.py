@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -30,7 +31,7 @@ class Pair:
     """The node that is asked first, another one that is free, the proxy over both, a client."""
 
     def __init__(self, proxy: RunningProxy, session: aiohttp.ClientSession, *nodes: FakeOllama) -> None:
-        self.proxy, self.session, (self.first, self.other) = proxy, session, nodes
+        self.proxy, self.session, (self.first, self.other, *self.more) = proxy, session, nodes
         self.thoughts = next(addon for addon in proxy.sollol.addons if isinstance(addon, SecondThoughts))
 
     def ask(self, way: Way) -> asyncio.Task[Heard]:
@@ -73,9 +74,9 @@ class Pair:
         thoughts._first_to_move = look
 
 
-@pytest.fixture
-async def pair() -> AsyncIterator[Pair]:
-    nodes = [await FakeOllama().start() for _ in range(2)]
+@asynccontextmanager
+async def running(size: int) -> AsyncIterator[Pair]:
+    nodes = [await FakeOllama().start() for _ in range(size)]
     agents = [await FakeAgent(node).start() for node in nodes]
     known = [
         {"host": "127.0.0.1", "port": node.server.port, "agent": agent.url}
@@ -88,6 +89,12 @@ async def pair() -> AsyncIterator[Pair]:
         yield Pair(proxy, session, *nodes)
     for each in (*agents, *nodes):
         await each.stop()
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    async with running(2) as pair:
+        yield pair
 
 
 def whole(heard: Heard) -> None:
@@ -176,18 +183,22 @@ async def test_an_answer_that_has_begun_stays_where_it_is(pair: Pair) -> None:
     assert not pair.other.requests(CHAT.path)
 
 
-async def test_a_request_is_not_moved_twice(pair: Pair) -> None:
-    for node in (pair.first, pair.other):
-        node.spec.gpu_lost = True
-        node.hold_tokens()
-    asking = pair.ask(CHAT)
-    await pair.other.wait_received(1, path=CHAT.path)
-    pair.first.spec.gpu_lost = False
-    pair.first.go_on()
-    await pair.load(pair.first, keep_alive=0)  # what was loaded badly goes: by now it would do well
-    await pair.looks(3)
-    pair.other.go_on()
-    heard = await asking
-    whole(heard)
-    assert heard.headers["x-sollol-attempts"] == "2"
-    assert heard.headers["x-sollol-node"] == pair.other.host_port
+async def test_a_request_is_not_moved_twice() -> None:
+    async with running(3) as pair:
+        (third,) = pair.more
+        for node in (pair.first, pair.other, third):
+            node.spec.gpu_lost = True
+        await pair.load(third)  # as badly as they will
+        pair.first.hold_tokens()
+        pair.other.hold_tokens()
+        asking = pair.ask(CHAT)
+        await pair.other.wait_received(1, path=CHAT.path)
+        third.spec.gpu_lost = False
+        await pair.load(third, keep_alive=0)  # what was loaded badly goes: by now it would do well
+        await pair.looks(3)
+        pair.other.go_on()
+        heard = await asking
+        whole(heard)
+        assert heard.headers["x-sollol-attempts"] == "2"
+        assert heard.headers["x-sollol-node"] == pair.other.host_port
+        assert not third.requests(CHAT.path)
