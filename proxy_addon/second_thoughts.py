@@ -22,7 +22,7 @@ from proxy_addon.retry import Meaning, may_retry
 
 EVERY_S = 1.0  #: between two looks: as often as polls bring news
 YOUNG_S = 1.0  #: of what was sent so lately the decision knew all that is known now
-LOOKS = 16  #: requests at a time, at about 0.2 ms each
+LOOKS = 8  #: requests at a time, at about 0.15 ms each; decisions among a thousand equal nodes take some ms
 MOVES = 1  #: of one request: where it goes then it stays, so that it cannot wander
 
 
