@@ -81,7 +81,7 @@ def test_what_we_take_from_those_who_decode_there_counts_as_ours() -> None:
 
 
 def evicting(speeds: Speeds, **fields: object) -> float:
-    """The price of evicting ``a``, whose file has 4 GiB and which takes 9, in what loading it again counts."""
+    """The price of evicting ``a``, a file of 4 GiB that takes 9, in what loading it again counts."""
     fleet = Fleet()
     models = {key: row() for key in ("m", "a")}
     full = report(gpu_gib=20, free_gib=1)
@@ -92,7 +92,7 @@ def evicting(speeds: Speeds, **fields: object) -> float:
 
 
 def test_an_evicted_model_costs_its_load_as_far_as_it_is_wanted() -> None:
-    assert evicting(Speeds()) == 0.5  # nobody knows
+    assert evicting(Speeds()) == pytest.approx(0.5)  # nobody knows
     speeds = Speeds()
     speeds.demand.note(ask("a"), NOW_S - 1200)
     rare = evicting(speeds)
@@ -100,7 +100,7 @@ def test_an_evicted_model_costs_its_load_as_far_as_it_is_wanted() -> None:
     for second in range(10):
         speeds.demand.note(ask("a"), NOW_S - second)
     assert evicting(speeds) > 0.9
-    assert evicting(Speeds(), pinned=frozenset({"a"})) == 1
+    assert evicting(Speeds(), pinned=frozenset({"a"})) == pytest.approx(1)
 
 
 def test_demand_for_other_options_does_not_protect_a_runner() -> None:
