@@ -81,8 +81,9 @@ def features(scene: Scene, place: Place) -> Features | str:
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
     evict_s = 0.0
     if begin.evicts or begin.replaces:
-        if starts.priced_s != second_s:
-            starts.priced_s, starts.evict_s = second_s, _evict_s(scene, place, begin)
+        if starts.priced_s != second_s or starts.priced_by is not node.models:
+            starts.priced_s, starts.priced_by = second_s, node.models
+            starts.evict_s = _evict_s(scene, place, begin)
         evict_s = starts.evict_s
     row = Features(
         place.name,
