@@ -85,7 +85,6 @@ class Starts:
     start: Start | str
     room: tuple[object, ...] | None = None  #: what else decides; None where a runner need not be loaded
     priced_s: float | None = None  #: the second in which ``evict_s`` was worked out
-    priced_by: dict[str, Model] | None = None  #: the table of models from which it was
     evict_s: float = 0.0
     row: Features | None = None  #: the last features, where nothing in them runs down with time
     row_s: float = -1.0  #: the second of which they are

@@ -81,9 +81,8 @@ def features(scene: Scene, place: Place) -> Features | str:
             wait_s = max(wait_s, _load_wait_s(scene, place, begin))
     evict_s = 0.0
     if begin.evicts or begin.replaces:
-        if starts.priced_s != second_s or starts.priced_by is not node.models:
-            starts.priced_s, starts.priced_by = second_s, node.models
-            starts.evict_s = _evict_s(scene, place, begin)
+        if starts.priced_s != second_s:
+            starts.priced_s, starts.evict_s = second_s, _evict_s(scene, place, begin)
         evict_s = starts.evict_s
     row = Features(
         place.name,
@@ -143,11 +142,12 @@ def _starts(scene: Scene, place: Place) -> Starts:
             and room[2] == node.resident
             and room[3] == node.in_use.keys()
             and room[4] is node.sessions
+            and room[5] is node.models
         ):
             return known
     begin = _start(scene, place)
     needs_room = isinstance(begin, str) or begin.loads
-    given = scene.shape, scene.seen, dict(node.resident), set(node.in_use), node.sessions
+    given = scene.shape, scene.seen, dict(node.resident), set(node.in_use), node.sessions, node.models
     place.starts = Starts(scene.wanted, sent, begin, given if needs_room else None)
     return place.starts
 

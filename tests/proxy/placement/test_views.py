@@ -129,7 +129,8 @@ def _hold(world: World, n: Node) -> None:
 
 
 def _other_version(world: World, n: Node) -> None:
-    n.models["m"] = row(digest="new").model_copy(update={"modified_at": DAY + timedelta(days=1)})
+    new = row(digest="new").model_copy(update={"modified_at": DAY + timedelta(days=1)})
+    n.models = {**n.models, "m": new}  # a new table, as the polls bring it
     world.changed = True
 
 
