@@ -93,13 +93,21 @@ class OwnReport:
 
 
 def own_ollama(
-    url: str, version: str, tags: Sequence[dict[str, object]], ps: Sequence[dict[str, object]]
+    url: str,
+    version: str,
+    tags: Sequence[dict[str, object]],
+    ps: Sequence[dict[str, object]],
+    parallel: int,
 ) -> Ollama:
-    """Return this node's own rows of ``/api/tags`` and ``/api/ps`` as its report carries them."""
+    """Return this node's own rows of ``/api/tags`` and ``/api/ps`` as its report carries them.
+
+    ``parallel`` is how many requests each model serves at a time.
+    """
     return Ollama(
         url=url,
         reachable=True,
         version=version,
         models=[Model.model_validate(row) for row in tags],
         resident=[Resident.model_validate(row) for row in ps],
+        num_parallel=parallel,
     )

@@ -78,7 +78,7 @@ async def run(models: Models, settings: Settings, listening: Callable[[str, int]
                 loads=coordinator.loads(),
                 plans=list(coordinator.journal.latest),
             )
-            return own_ollama(str(url), OLLAMA_API_VERSION, rows, loaded), shard
+            return own_ollama(str(url), OLLAMA_API_VERSION, rows, loaded, settings.parallel), shard
 
         async def bound(host: str, port: int) -> None:
             nonlocal url

@@ -34,3 +34,9 @@ def test_a_model_that_fits_at_any_context_says_its_own(start_node: StartNode) ->
     node, model = promised(start_node, 4096)
     assert model["fits"] and model["largest_num_ctx"] == 32768
     node.stop()
+
+
+def test_it_says_how_many_requests_a_model_serves_at_a_time(start_node: StartNode) -> None:
+    node = start_node("--no-mdns", "--agents", "127.0.0.1:1", "--parallel", "3")
+    assert node.http.get("/v1/report", timeout=BOUND_S).json()["ollama"]["num_parallel"] == 3
+    node.stop()
