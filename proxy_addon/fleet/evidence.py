@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from proxy_addon.fleet import hardware
@@ -9,6 +11,7 @@ from proxy_addon.fleet.hardware import Hardware
 
 if TYPE_CHECKING:
     from proxy_addon.ask import Ask
+    from proxy_addon.fleet.measured import OfNode
     from proxy_addon.fleet.node import Node
     from proxy_addon.record import FinalStats
 
@@ -61,3 +64,16 @@ def offload(node: Node, key: str, machine: Hardware) -> float:
     if not resident or not resident.size or node.coordinator:
         return 1.0
     return hardware.offload_slowdown(min(resident.size_vram / resident.size, 1.0), machine.cpu_slowdown)
+
+
+def typical_load_bytes_s(nodes: Iterable[OfNode]) -> float:
+    """What a node loads in a second of which no load was measured, by those that were.
+
+    The mean of their logarithms, with the prior as one more. Disks differ by more than ten times, a fleet's
+    less than any from a guess; and loads are rare, so that the guess would stay for long.
+    """
+    logs = [
+        math.log(hardware.LOAD_BYTES_S),
+        *(node.load_bytes_s.log for node in nodes if node.load_bytes_s.n),
+    ]
+    return math.exp(sum(logs) / len(logs))

@@ -89,6 +89,7 @@ class Speeds:
         self._stamps: Counter[str] = Counter()
         self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
         self._machines: dict[str, Machine] = {}
+        self._load_bytes_s = evidence.typical_load_bytes_s(self.nodes.values())  #: where none was measured
         self._best: dict[bool, tuple[float, float]] = {}
         #: known hardware? → the best (prefill, decode) correction
         for known in (False, True):
@@ -232,7 +233,7 @@ class Speeds:
         )
         prefill_tok_s = model.prefill_tok_s.measured or promise.prefill_tok_s(size_bytes) * prefill
         decode_tok_s = model.decode_tok_s.measured or promise.decode_tok_s(size_bytes) * decode
-        load_bytes_s = learned.load_bytes_s.measured or hardware.LOAD_BYTES_S
+        load_bytes_s = learned.load_bytes_s.measured or self._load_bytes_s
         load_s = model.load_s.measured or size_bytes / load_bytes_s
         if prior is not None:  # of the plan over several machines, of which the hardware knows but one
             prefill_tok_s = model.prefill_tok_s.measured or prior.prefill_tok_s or prefill_tok_s
@@ -296,6 +297,9 @@ class Speeds:
         if load_bytes_s and stats.load_s and (concurrency <= 1 if lone is None else lone):
             here.load_s.add(stats.load_s)
             learned.load_bytes_s.add(load_bytes_s)
+            self._load_bytes_s = evidence.typical_load_bytes_s(self.nodes.values())
+            self._cache.clear()  # whoever has not loaded anything yet is expected to load so fast
+            self._stamps[""] += 1
         self._forget_estimates(name, machine.known)
 
     def observe_failure(self, name: str, lost_s: float, now_s: float) -> None:

@@ -65,6 +65,20 @@ def test_what_one_model_taught_serves_the_nodes_other_models() -> None:
     assert found.load_s == pytest.approx(8)
 
 
+def test_loads_of_other_nodes_say_more_of_a_new_one_than_the_prior_alone() -> None:
+    fleet, speeds = Fleet(), Speeds()
+    fast, new = node(fleet, 1), node(fleet, 2)
+    size = fast.models["m"].size
+    prior_s = estimate(speeds, new).load_s
+    observe(speeds, fast, answer(load_s=prior_s / 16))
+    assert estimate(speeds, fast).load_s == pytest.approx(prior_s / 16)
+    assert estimate(speeds, new).load_s == pytest.approx(prior_s / 4)  # the mean of the logarithms
+    assert estimate(Speeds.from_json(speeds.to_json()), new).load_s == pytest.approx(prior_s / 4)
+    observe(speeds, new, answer(load_s=prior_s))
+    assert estimate(speeds, new).load_s == pytest.approx(prior_s)
+    assert estimate(speeds, new).load_bytes_s == pytest.approx(size / prior_s)
+
+
 def test_an_unmeasured_node_counts_as_better_than_the_best_of_its_kind() -> None:
     fleet, speeds = Fleet(), Speeds()
     first, second = node(fleet, 1), node(fleet, 2)
