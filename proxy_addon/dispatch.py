@@ -193,8 +193,8 @@ class Dispatch:
                 load=loads,
                 service_s=decision.service_s,
                 slots=slots_of(node, rec.ask, node.models[rec.ask.key]),
-                evicts=decision.row.evicts if decision.row is not None else (),
-                need_bytes=decision.row.need_bytes if decision.row is not None else 0,
+                evicts=decision.evicts,
+                need_bytes=decision.need_bytes,
             )
             node.loaded_with[key] = runs_under(node.loaded_with.get(key), rec.ask.reload_key, loads)
         point_at(flow, node)

@@ -122,8 +122,8 @@ class Pass:
                 decision.expected_s,
                 loads,
                 decision.service_s,
-                decision.row.evicts if decision.row is not None else (),
-                decision.row.need_bytes if decision.row is not None else 0,
+                decision.evicts,
+                decision.need_bytes,
                 decision.wait_s,
             )
         )

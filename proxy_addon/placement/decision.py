@@ -129,6 +129,16 @@ class Decision:
         """Of it what the node works on this request alone: prefill and decode."""
         return self._sum("prefill_s", "decode_s")
 
+    @property
+    def evicts(self) -> tuple[str, ...]:
+        """Models that must go there for it."""
+        return self.row.evicts if self.row is not None else ()
+
+    @property
+    def need_bytes(self) -> int:
+        """Memory that a load of the model takes there; 0 where it need not be loaded, or nobody knows."""
+        return self.row.need_bytes if self.row is not None else 0
+
     def _sum(self, *names: str) -> float:
         terms = self.chosen.terms if self.chosen else {}
         return sum(terms.get(name, 0.0) for name in names)
