@@ -211,6 +211,9 @@ class Timeouts(_Part):
     idle_s: PositiveFloat = Field(300, description="between two pieces of a streamed answer")
     whole_answer_s: PositiveFloat = Field(1800, description="to the head of an answer that is not streamed")
     drain_s: NonNegativeFloat = Field(60, description="for answers in progress when the proxy is told to end")
+    head_s: PositiveFloat = Field(30, description="for a client to send the head of a request, once begun")
+    body_s: PositiveFloat = Field(60, description="between two pieces of a request's body")
+    keepalive_s: PositiveFloat = Field(600, description="for a client's kept connection without a request")
 
 
 class Retry(_Part):
@@ -320,6 +323,10 @@ class Guard(_Part):
     hosts: Names = Field((), description="Host names that are let through besides this machine's own")
     origins: Names = Field((), description="browser origins besides Ollama's defaults; * matches any text")
     body_limit_bytes: PositiveInt = Field(100 << 20, description="of a request; blobs are not limited")
+    head_limit_bytes: PositiveInt = Field(64 << 10, description="of a request's line and headers")
+    max_connections: PositiveInt = Field(
+        8192, description="of clients at once; beyond, those idle for longest are closed first"
+    )
     any_11434: bool = Field(False, description="proxy modes: let port 11434 of any host through")
 
 
@@ -362,6 +369,11 @@ class Settings(_Part):
     pull: Pull = Pull()
     shard: Shard = Shard()
     signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")
+    splice: bool = Field(
+        True,
+        description="plain HTTP/1.1 without mitmproxy's layers, bodies from socket to socket; see performance.md",
+    )
+    workers: int = Field(1, ge=1, le=64, description="processes that share the port; see performance.md")
     timeouts: Timeouts = Timeouts()
     retry: Retry = Retry()
     poll: Poll = Poll()
