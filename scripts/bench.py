@@ -7,6 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PARTS = (
     ("the proxy, against a direct connection", "bench_proxy.py"),
+    ("its hooks for a small request", "-O", "bench_hooks.py"),
     ("a decision", "bench_decision.py"),
     ("the agent", "bench_agent.py"),
     ("the proxy's watch over 50 nodes", "bench_watch.py"),
@@ -15,9 +16,9 @@ PARTS = (
 
 def main() -> int:
     failed = []
-    for title, script in PARTS:
+    for title, *options, script in PARTS:
         print(f"== {title} ({script})", flush=True)
-        if subprocess.run([sys.executable, HERE / script], check=False).returncode:
+        if subprocess.run([sys.executable, *options, HERE / script], check=False).returncode:
             failed.append(script)
         print(flush=True)
     for script in failed:
