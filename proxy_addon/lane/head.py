@@ -1,0 +1,188 @@
+"""Heads of requests and answers, read strictly. Pure.
+
+:func:`read_request` knows the plain heads that clients send, and says None to everything else: that is
+mitmproxy's to judge (and mostly to refuse). So whatever is taken here means the same to every parser behind.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from mitmproxy import http
+from mitmproxy.net.http import http1
+from mitmproxy.net.http.validate import validate_headers
+
+from proxy_addon.lane.framing import Chunked, Follower, Length, UntilClose
+
+END = b"\r\n\r\n"
+
+_REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21-\x7e]*) HTTP/1\.1\r\n")
+_STATUS_LINE = re.compile(rb"(HTTP/1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n")
+#: A field value is visible text, spaces and tabs, and bytes beyond ASCII (RFC 9110 §5.5).
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+_NUMBER = re.compile(rb"(?:0|[1-9][0-9]{0,17})\Z")
+
+#: Of one connection, not of the message: never passed on (RFC 9110 §7.6.1).
+HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"transfer-encoding")
+)
+
+Fields = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request's head. ``length`` is None for a chunked body, 0 for none."""
+
+    request: http.Request
+    length: int | None
+    keep_alive: bool
+    expects_continue: bool
+
+
+@dataclass(slots=True)
+class AnswerHead:
+    """An answer's head, how its body ends, and whether its connection can be used again after it."""
+
+    response: http.Response
+    follower: Follower
+    keep_alive: bool
+
+
+def read_request(head: bytes) -> RequestHead | None:
+    """The request whose head, with the empty line behind it, is ``head``; None for any but a plain one."""
+    line = _REQUEST_LINE.match(head)
+    if line is None:
+        return None
+    read = _fields(head, line.end())
+    if read is None:
+        return None
+    fields, special = read
+    if b"upgrade" in special or b"host" not in special:
+        return None
+    length: int | None = 0
+    coding, announced = special.get(b"transfer-encoding"), special.get(b"content-length")
+    if coding is not None:
+        if announced is not None or coding.lower() != b"chunked":
+            return None
+        length = None
+    elif announced is not None:
+        if not _NUMBER.match(announced):
+            return None
+        length = int(announced)
+    expected = special.get(b"expect")
+    if expected is not None and expected.lower() != b"100-continue":
+        return None
+    method, path = line[1], line[2]
+    request = http.Request(
+        "", 0, method, b"", b"", path, b"HTTP/1.1", http.Headers(fields), None, None, time.time(), None
+    )
+    connection = special.get(b"connection", b"").lower()
+    return RequestHead(request, length, b"close" not in connection, expected is not None)
+
+
+#: Fields of which a message has one at most; a second one is for a stricter judge.
+_ONCE = frozenset((b"transfer-encoding", b"content-length", b"host", b"expect", b"connection", b"upgrade"))
+
+
+def _fields(head: bytes, at: int) -> tuple[Fields, dict[bytes, bytes]] | None:
+    """The fields from ``at`` on, and those of :data:`_ONCE` by lower-case name; None if not plain."""
+    fields: list[tuple[bytes, bytes]] = []
+    special: dict[bytes, bytes] = {}
+    last = len(head) - 2
+    while at < last:
+        field = _FIELD.match(head, at)
+        if field is None:
+            return None
+        name, value = field[1], field[2].rstrip(b" \t")
+        fields.append((name, value))
+        lower = name.lower()
+        if lower in _ONCE:
+            if lower in special:
+                return None
+            special[lower] = value
+        at = field.end()
+    return (tuple(fields), special) if at == last else None
+
+
+def read_answer(head: bytes, method: str) -> AnswerHead:
+    """The answer to a request of ``method`` whose head is ``head``.
+
+    Raises:
+        ValueError: it is none that may be passed on.
+    """
+    line = _STATUS_LINE.match(head)
+    read = _fields(head, line.end()) if line is not None else None
+    if line is None or read is None:
+        return _read_unusual_answer(head, method)
+    fields, special = read
+    status = int(line[2])
+    coding, announced = special.get(b"transfer-encoding"), special.get(b"content-length")
+    follower: Follower
+    if method == "HEAD" or status < 200 or status in (204, 304):
+        follower = Length(0)
+    elif coding is not None:
+        if announced is not None or coding.lower() != b"chunked" or line[1] != b"HTTP/1.1":
+            return _read_unusual_answer(head, method)
+        follower = Chunked()
+    elif announced is not None:
+        if not _NUMBER.match(announced):
+            return _read_unusual_answer(head, method)
+        follower = Length(int(announced))
+    else:
+        follower = UntilClose()
+    response = http.Response(
+        line[1], status, line[3] or b"", http.Headers(fields), None, None, time.time(), None
+    )
+    connection = special.get(b"connection", b"").lower()
+    stays = b"close" not in connection and (line[1] == b"HTTP/1.1" or b"keep-alive" in connection)
+    return AnswerHead(response, follower, stays)
+
+
+def _read_unusual_answer(head: bytes, method: str) -> AnswerHead:
+    """As :func:`read_answer`, by mitmproxy's parser and checks."""
+    response = http1.read_response_head(head.removesuffix(END).split(b"\r\n"))
+    validate_headers(response)
+    asked = http.Request.make(method, "http://node/")
+    size = http1.expected_http_body_size(asked, response)
+    follower = Chunked() if size is None else UntilClose() if size < 0 else Length(size)
+    return AnswerHead(response, follower, keep_alive=False)
+
+
+def request_bytes(request: http.Request) -> bytes:
+    """The head of ``request`` for a node: without what was said of the client's connection."""
+    data = request.data
+    named = _named_by_connection(data.headers.fields)
+    lines = [
+        b"%b: %b\r\n" % field
+        for field in data.headers.fields
+        if (lower := field[0].lower()) == b"transfer-encoding" or not (lower in HOP_BY_HOP or lower in named)
+    ]
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (data.method, data.path, b"".join(lines))
+
+
+def answer_bytes(response: http.Response, chunked: bool, close: bool) -> bytes:
+    """The head of ``response`` for the client, with its framing and the fate of the connection."""
+    data = response.data
+    named = _named_by_connection(data.headers.fields)
+    lines = [
+        b"%b: %b\r\n" % field
+        for field in data.headers.fields
+        if not ((lower := field[0].lower()) in HOP_BY_HOP or lower in named)
+        and not (chunked and lower == b"content-length")
+    ]
+    if chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    if close:
+        lines.append(b"connection: close\r\n")
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (data.status_code, data.reason, b"".join(lines))
+
+
+def _named_by_connection(fields: Fields) -> tuple[bytes, ...]:
+    for name, value in fields:
+        if len(name) == 10 and name.lower() == b"connection":
+            names = tuple(part.strip() for part in value.lower().split(b","))
+            return () if names in ((b"keep-alive",), (b"close",)) else names
+    return ()
