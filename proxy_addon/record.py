@@ -1,12 +1,12 @@
-"""A flow's own record: where the addons meet. Nothing of it is stored in the flow, which may be saved."""
+"""A flow's own record: where the addons meet. It is with the flow, not in what mitmproxy saves of it."""
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from random import Random
 
 from mitmproxy import http
 
@@ -105,17 +105,18 @@ class Record:
             callback()
 
 
-_RECORDS: WeakKeyDictionary[http.HTTPFlow, Record] = WeakKeyDictionary()
+_IDS = Random()  #: they need not be secret, and the system's own source takes ten times as long
+os.register_at_fork(after_in_child=_IDS.seed)
 
 
 def of(flow: http.HTTPFlow) -> Record | None:
     """The record of ``flow``, None for a flow that the chain has not seen."""
-    return _RECORDS.get(flow)
+    return getattr(flow, "sollol", None)  # an attribute: saved and copied flows (``get_state``) are without
 
 
 def open_for(flow: http.HTTPFlow, protocol: Protocol, now_s: float) -> Record:
     """Begin the record of ``flow`` under a fresh request id (16 hex digits)."""
     peer = flow.client_conn.peername
-    record = Record(secrets.token_hex(8), protocol, now_s, peer[0] if peer else "")
-    _RECORDS[flow] = record
+    record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, peer[0] if peer else "")
+    flow.sollol = record  # type: ignore[attr-defined]
     return record

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from mitmproxy import http
 from rich.console import Console
 
 from agent.ollama import names
@@ -50,6 +51,12 @@ class House:
         session: aiohttp.ClientSession,
     ) -> None:
         self.node, self.coordinators, self.proxy, self.session = node, coordinators, proxy, session
+        self.flows: list[http.HTTPFlow] = []
+        proxy.master.addons.add(self)
+
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """As the last addon, see every request."""
+        self.flows.append(flow)
 
     async def ask(self, model: str = "big", **extra: Any) -> Heard:
         return await ask(self.session, self.proxy.url, CHAT, PROMPT, **{"model": model, **extra})
@@ -64,7 +71,8 @@ class House:
 
     def under_way(self) -> list[record.Record]:
         """The requests that have not ended."""
-        return [rec for rec in record._RECORDS.values() if rec.ask is not None and rec.ended_s is None]
+        records = (record.of(flow) for flow in self.flows)
+        return [rec for rec in records if rec is not None and rec.ask is not None and rec.ended_s is None]
 
     async def reported(self) -> None:
         """The proxy knows the report of everybody."""
