@@ -140,6 +140,8 @@ class Sollol:
         )
         timeouts = Timeouts(self.dispatch, settings.timeouts)
         self.drain = Drain(timeouts.abort_all, self.dispatch.admission.close)
+        self.telemetry.under_way = self.drain.under_way
+        self.telemetry.tasks = lambda: len(asyncio.all_tasks())
         chain: tuple[object, ...] = (
             Layers(),
             Intake(settings.guard.body_limit_bytes, _now),

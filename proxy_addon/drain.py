@@ -30,6 +30,10 @@ class Drain:
         self._empty = asyncio.Event()
         self._empty.set()
 
+    def under_way(self) -> int:
+        """How many requests have begun and not ended."""
+        return len(self._open)
+
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """A kept connection may still bring a request after the ports were closed."""
         rec = record.of(flow)

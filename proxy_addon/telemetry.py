@@ -84,6 +84,8 @@ class Telemetry:
         self.finished = 0  #: requests that were for a node
         self.depth: Callable[[], Mapping[int, int]] = collections.Counter  #: how many wait now, by priority
         self.probes: Mapping[str, int] = {}  #: how tries of doubtful nodes ended, and how many did
+        self.under_way: Callable[[], int] = int  #: how many requests have begun and not ended
+        self.tasks: Callable[[], int] = int  #: how many tasks the loop has
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "sollol_requests", "Requests that ended.", ("host", "model", "status"), registry=registry
@@ -141,6 +143,7 @@ class Telemetry:
         registry.register(
             _FleetCollector(fleet, self.tallies, lambda: self.depth(), lambda: self.probes, now)
         )
+        registry.register(_LoopCollector(lambda: self.under_way(), lambda: self.tasks()))
 
     def observe(self, record: Record) -> None:
         """Count a finished request; those about the proxy itself are not requests."""
@@ -298,6 +301,25 @@ class _FleetCollector(Collector):
             latency.add_sample("sollol_latency_seconds_count", {"host": host}, tally.served)
             latency.add_sample("sollol_latency_seconds_sum", {"host": host}, tally.latency_sum_s)
         return latency
+
+
+class _LoopCollector(Collector):
+    """What must come back to its base when nobody asks anything: else something is leaked."""
+
+    def __init__(self, under_way: Callable[[], int], tasks: Callable[[], int]) -> None:
+        self._under_way = under_way
+        self._tasks = tasks
+
+    def describe(self) -> list[Metric]:
+        """Nothing: when this is registered, no loop runs."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Two gauges."""
+        yield GaugeMetricFamily(
+            "sollol_requests_open", "Requests of clients that have not ended.", self._under_way()
+        )
+        yield GaugeMetricFamily("sollol_tasks", "Tasks of the event loop.", self._tasks())
 
 
 def _per_host(name: str, text: str) -> GaugeMetricFamily:
