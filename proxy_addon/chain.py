@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader
 
 from agent import notify
+from proxy_addon import defects
 from proxy_addon.admin import Admin
 from proxy_addon.admission.addon import Door
 from proxy_addon.answer import Answer
@@ -163,7 +165,7 @@ class Sollol:
                 (self.journal.add, self.telemetry.observe, self.keeper.observe),
             ),
         )
-        self.addons = [protect(addon, self.telemetry.hook_failed) for addon in chain]
+        self.addons = [protect(addon, self.telemetry.hook_failed, self.dispatch.sent_by) for addon in chain]
 
     def session(self) -> aiohttp.ClientSession:
         """The one HTTP session for polls and fan-outs."""
@@ -179,20 +181,29 @@ class Sollol:
 
     async def running(self) -> None:
         """The ports are open: find the nodes, look at each once, then say so."""
+        defects.listen(self.telemetry.hook_failed)
+        try:
+            await self._start()
+        except Exception:
+            log.exception("SOLLOL cannot start")
+            sys.exit(1)  # as mitmproxy's own ErrorCheck does: half a proxy would keep its clients waiting
+
+    async def _start(self) -> None:
         await self.discovery.start()
         self.watch.start()
         self._tasks = [
-            asyncio.create_task(self._announce(), name="announce"),
-            asyncio.create_task(notify.keep_watchdog_fed(), name="watchdog"),
-            asyncio.create_task(self._save_always(), name="save speeds"),
+            defects.keep_running("announce", self._announce),
+            defects.keep_running("watchdog", notify.keep_watchdog_fed),
+            defects.keep_running("save", self._save_always),
         ]
 
     async def _announce(self) -> None:
         await self.watch.looked()
         now_s = _now()
-        self.ready.set()
-        self.keeper.start()
-        self.prober.start()
+        if not self.ready.is_set():
+            self.ready.set()
+            self.keeper.start()
+            self.prober.start()
         up, all_nodes = self.fleet.up(now_s), list(self.fleet)
         models = {key for node in up for key in node.models}
         log.info(

@@ -12,8 +12,10 @@ import random
 from collections.abc import Callable, Mapping, MutableMapping
 
 from mitmproxy import http
+from mitmproxy.connection import Client
 
-from proxy_addon import errors
+from proxy_addon import errors, record
+from proxy_addon.access import HOPS_HEADER
 from proxy_addon.admission import limits
 from proxy_addon.admission.admission import Admission
 from proxy_addon.admission.limits import Refused
@@ -241,6 +243,11 @@ class Dispatch:
         )
 
     async def _change(self, rec: Record) -> None:
+    def sent_by(self, client: Client) -> Record | None:
+        """What is in flight for ``client``; for rare cases, as it looks through all."""
+        flows = (flow for flows in self.in_flight.values() for flow in flows)
+        return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
+
         """Wait until a node is free or lost, or the client leaves, or it has waited too long."""
         assert rec.waiter is not None
         until_s = rec.waiter.arrived_s + self.settings.admission.max_wait_s

@@ -49,13 +49,14 @@ class Drain:
 
     def response(self, flow: http.HTTPFlow) -> None:
         """Answered."""
-        self._closed(flow)
+        self.let_go(flow)
 
     def error(self, flow: http.HTTPFlow) -> None:
         """Broken off, on either side."""
-        self._closed(flow)
+        self.let_go(flow)
 
-    def _closed(self, flow: http.HTTPFlow) -> None:
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """It is not under way any more."""
         self._open.discard(flow.id)
         if not self._open:
             self._empty.set()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mitmproxy import http
 
-from proxy_addon import record
+from proxy_addon import defects, record
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.crowd import Company
 from proxy_addon.fleet.node import Node
@@ -41,6 +41,13 @@ class Epilogue:
         if rec is not None and rec.ended_s is None:
             self._end(flow, rec, rec.outcome or "client_left")
 
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """Over, and a defect kept it from being told."""
+        rec = record.of(flow)
+        if rec is not None:
+            rec.ended_s = rec.ended_s or self.dispatch.now()
+            self.dispatch.release(flow, rec, "failed")
+
     def _end(self, flow: http.HTTPFlow, rec: Record, outcome: str) -> None:
         now_s = self.dispatch.now()
         rec.ended_s, rec.outcome = now_s, outcome
@@ -70,4 +77,7 @@ class Epilogue:
                     lone=flight.lone,
                 )
         for observer in self.observers:
-            observer(rec)
+            try:
+                observer(rec)
+            except Exception as defect:  # noqa: BLE001 - what the others keep must not depend on it
+                defects.report(defect, "observer", rec.id)

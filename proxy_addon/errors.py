@@ -33,6 +33,8 @@ _ANTHROPIC_TYPE = {
     529: "overloaded_error",
 }
 
+OWN_FAULT = "SOLLOL failed while it handled this request"  #: how :func:`own_fault` begins
+
 
 def body(protocol: Protocol, status: int, message: str, request_id: str = "") -> dict[str, Any]:
     """The error as the JSON object that a client of ``protocol`` expects for HTTP ``status``."""
@@ -68,8 +70,12 @@ def response(
 
 def internal(protocol: Protocol, request_id: str) -> http.Response:
     """The answer where SOLLOL itself failed; the traceback is in the log under ``request_id``."""
-    message = f"SOLLOL failed while it handled this request; its log says why (request id {request_id})"
-    return response(protocol, 500, message, request_id=request_id)
+    return response(protocol, 500, own_fault(request_id), request_id=request_id)
+
+
+def own_fault(request_id: str) -> str:
+    """What is said where SOLLOL itself failed."""
+    return f"{OWN_FAULT}; its log says why (request id {request_id})"
 
 
 def plain(status: int, text: str) -> http.Response:

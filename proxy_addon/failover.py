@@ -57,6 +57,11 @@ class Failover:
         if failure.detail == CONNECT_CANCELLED:
             detail = f"no connection within {self.dispatch.settings.timeouts.connect_s:g} s"
         rec.abort_reason = None
+        if failure.detail.startswith(errors.OWN_FAULT):  # a hook of ours: the node is not to blame
+            rec.outcome = "failed"
+            self.dispatch.release(flow, rec, "failed", detail)
+            failure.response = errors.internal(rec.protocol, rec.id)
+            return
         meaning = classify(failure.phase, failure.status, failure.detail, rec.endpoint)
         if rec.moving:
             meaning, rec.moving = Meaning.MOVED, False

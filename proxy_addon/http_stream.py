@@ -42,7 +42,7 @@ from mitmproxy.proxy.layers.http import (
 )
 from mitmproxy.proxy.layers.http._base import HttpCommand
 
-from proxy_addon import errors, record, relay
+from proxy_addon import defects, errors, record, relay
 
 Commands = Generator[commands.Command, Any, None]
 
@@ -106,6 +106,13 @@ class FleetStream(HttpStream):
     def __init__(self, context: Any, stream_id: int) -> None:
         super().__init__(context, stream_id)
         self._held = bytearray()
+
+    def _handle_event(self, event: events.Event) -> Commands:
+        """As the parent; a defect in it or in what it calls ends this request, not the connection."""
+        try:
+            yield from super()._handle_event(event)
+        except Exception as defect:  # noqa: BLE001 - the outermost boundary of a stream
+            yield from self._failed(defect)
 
     # -- before the request is complete ---------------------------------------------------------------
 
@@ -335,6 +342,27 @@ class FleetStream(HttpStream):
                     yield from self._end_cut_stream(event.message, tail)
                     return
         yield from super().handle_protocol_error(event)
+
+    def _failed(self, defect: Exception) -> Commands:
+        """Answer for a defect; where the answer has begun, cut it so that the client can tell."""
+        rec = record.of(self.flow)
+        defects.report(defect, "stream", rec.id if rec else "")
+        yield ForgetUpstream(self.context.server)
+        self._held.clear()
+        if not self._answered and self.server_state not in (self.state_stream_response_body, self.state_done):
+            if rec is not None:
+                rec.outcome = "failed"
+            yield from self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+            return
+        tail = relay.cut(self.flow, errors.OWN_FAULT)
+        if tail is not None:
+            yield from self._end_cut_stream(errors.OWN_FAULT, tail)
+            return
+        self.flow.error = mitm_flow.Error(errors.OWN_FAULT)
+        yield HttpErrorHook(self.flow)
+        self.server_state, self.client_state = self.state_done, self.state_errored
+        self.flow.live = False
+        yield commands.CloseConnection(self.context.client)
 
     def _replayable_request(self) -> bool:
         """Whether the whole request is at hand, so that it can be sent once more."""

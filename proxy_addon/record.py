@@ -10,6 +10,7 @@ from random import Random
 
 from mitmproxy import http
 
+from proxy_addon import defects, heads
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
@@ -102,7 +103,10 @@ class Record:
         self.left = True
         callbacks, self.on_left = self.on_left, []
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception as defect:  # noqa: BLE001 - the others must be told as well
+                defects.report(defect, "on_left", self.id)
 
 
 _IDS = Random()  #: they need not be secret, and the system's own source takes ten times as long

@@ -43,18 +43,19 @@ class SecondThoughts:
 
     def sollol_failure(self, failure: Failure) -> None:
         """An attempt has failed, or was taken back; by now it is placed anew."""
-        self._settled(failure.flow)
+        self.let_go(failure.flow)
         self._look_in(EVERY_S)
 
     def response(self, flow: http.HTTPFlow) -> None:
         """The answer was quicker."""
-        self._settled(flow)
+        self.let_go(flow)
 
     def error(self, flow: http.HTTPFlow) -> None:
         """The client has left."""
-        self._settled(flow)
+        self.let_go(flow)
 
-    def _settled(self, flow: http.HTTPFlow) -> None:
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """It is where it stays, or over."""
         if flow is self._moving:
             self._moving = None
             self._look_in(0.0)  # others may wait for the same reason

@@ -150,6 +150,10 @@ class Timeouts:
         timer = self._timers.pop(flow.id, None)
         if timer is not None:
             timer.cancel()
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """Over, and it could not be said."""
+        self._disarm(flow)
+
 
     # -- ending an attempt ----------------------------------------------------------------------------
 

@@ -60,13 +60,14 @@ class Door:
 
     def response(self, flow: http.HTTPFlow) -> None:
         """Answered."""
-        self._ended(flow)
+        self.let_go(flow)
 
     def error(self, flow: http.HTTPFlow) -> None:
         """Broken off, on either side."""
-        self._ended(flow)
+        self.let_go(flow)
 
-    def _ended(self, flow: http.HTTPFlow) -> None:
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """It counts against its client's limit no longer."""
         rec = record.of(flow)
         if rec is None or rec.client_class is None or rec.id not in self._inside:
             return

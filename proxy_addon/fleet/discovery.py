@@ -16,6 +16,7 @@ from yarl import URL
 
 from agent import announce
 from agent.report import NodeKind
+from proxy_addon import defects
 from proxy_addon.fleet.addresses import Own, from_ollama_host, local_addresses, reachable
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.port_conflict import port_conflict
@@ -161,7 +162,7 @@ class Discovery:
                 await self._stack.enter_async_context(self._browse(self.announced))
             except OSError as error:
                 log.warning("Nodes are not looked for by mDNS: %s.", error.strerror or error)
-        self._refresher = asyncio.create_task(self._refresh_always(), name="discovery")
+        self._refresher = defects.keep_running("discovery", self._refresh_always)
 
     async def stop(self) -> None:
         """End it; the fleet stays as it is. Safe to call twice."""
@@ -258,7 +259,4 @@ class Discovery:
     async def _refresh_always(self) -> None:
         while True:
             await asyncio.sleep(self.settings.discovery.dns_refresh_s)
-            try:
-                await self.refresh()
-            except Exception:  # the outermost boundary of this task: a defect must not end discovery
-                log.exception("Looking for nodes failed within SOLLOL; it goes on.")
+            await self.refresh()

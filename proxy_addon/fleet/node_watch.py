@@ -23,7 +23,7 @@ from yarl import URL
 from agent.ollama import names
 from agent.ollama.client import OllamaError, parse_ps, parse_tags
 from agent.report import Model, Resident
-from proxy_addon import access
+from proxy_addon import access, defects
 from proxy_addon.fleet import slots
 from proxy_addon.fleet.agent_watch import AgentWatch
 from proxy_addon.fleet.liveness import Liveness
@@ -86,7 +86,7 @@ class NodeWatch:
 
     def start(self) -> None:
         """Begin with the first round."""
-        self._begin("node", self._run)
+        self._tasks["node"] = defects.keep_running("poll", self._run)
 
     async def stop(self) -> None:
         """End all polls of this node."""
@@ -270,5 +270,5 @@ class NodeWatch:
         except Exception:
             self.errors += 1
             self.looked.set()
-            log.exception("A poll of %s failed within SOLLOL; polling goes on.", self.node.name)
+            defects.report(defect, "poll")
             return None

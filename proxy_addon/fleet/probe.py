@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from yarl import URL
 
+from proxy_addon import defects
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import match
 from proxy_addon.fleet.learning import Speeds
@@ -101,7 +102,7 @@ class Prober:
 
     def start(self) -> None:
         """Begin to look for nodes in doubt."""
-        self._task = asyncio.create_task(self._look_always(), name="probes")
+        self._task = defects.keep_running("probes", self._look_always)
 
     async def stop(self) -> None:
         """End; a try under way is given up. Safe to call twice."""
@@ -116,10 +117,7 @@ class Prober:
     async def _look_always(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                await self.look()
-            except Exception:  # the outermost boundary of this task: a defect must not end all tries
-                log.exception("A try of a doubtful node failed within SOLLOL; tries go on.")
+            await self.look()
 
     async def _try(self, node: Node, key: str, doubt: Doubt) -> None:
         ask, begun_s = _ask(node, key), self._now()

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 from yarl import URL
 
+from proxy_addon import defects
 from proxy_addon.ask import RELOAD_OPTIONS, ReloadKey, normal
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.polls import Http, PollFailed, fetch
@@ -40,7 +41,7 @@ class Shapes:
             if row.digest not in self._fleet.shapes and self._tries.get(row.digest, 0) < TRIES:
                 self._wanted.setdefault(row.digest, (node, row.name))
         if self._wanted and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._work(), name="shapes of models")
+            self._task = defects.keep_running("shapes", self._work)
 
     async def stop(self) -> None:
         """Ask nothing more."""

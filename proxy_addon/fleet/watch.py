@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Iterable
 
+from proxy_addon import defects
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.node_watch import NodeWatch, cancelled
 from proxy_addon.fleet.polls import Http
@@ -35,7 +36,7 @@ class Watch:
 
     def start(self) -> None:
         """Begin to poll the fleet's nodes, and those that are added later."""
-        self._follower = asyncio.create_task(self._follow_always(), name="watch")
+        self._follower = defects.keep_running("watch", self._follow_always)
 
     async def stop(self) -> None:
         """End all polls; safe to call twice."""
