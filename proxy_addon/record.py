@@ -10,7 +10,7 @@ from random import Random
 
 from mitmproxy import http
 
-from proxy_addon import defects, heads
+from proxy_addon import defects
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
