@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Collection
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import psutil
@@ -19,12 +20,10 @@ LOCAL_SUFFIXES = (".localhost", ".local", ".internal")  # Ollama server/routes.g
 
 def is_own(name: str, extra: Collection[str] = ()) -> bool:
     """Whether ``name``, of :func:`name_of`, may mean this machine; ``extra`` are more names, lower-case."""
-    if name in ("", "localhost", socket.gethostname().lower(), *extra) or name.endswith(LOCAL_SUFFIXES):
+    if name in ("", "localhost", *extra) or name.endswith(LOCAL_SUFFIXES):
         return True
-    ip = _address(name)
-    return ip is not None and (
-        ip.is_private or ip.is_loopback or ip.is_unspecified or ip.is_link_local or name in _own()
-    )
+    near = _is_near(name)
+    return name == socket.gethostname().lower() if near is None else near or name in _own()
 
 
 def name_of(header: str) -> str:
@@ -39,6 +38,13 @@ def is_loopback(host: str) -> bool:
     """Whether a server that listens on ``host`` is reached from its own machine alone."""
     ip = _address(host)
     return host == "localhost" if ip is None else ip.is_loopback
+
+
+@lru_cache(maxsize=256)
+def _is_near(name: str) -> bool | None:
+    """Whether the address ``name`` is one that DNS cannot have made of a page's own; None for other names."""
+    ip = _address(name)
+    return None if ip is None else ip.is_private or ip.is_loopback or ip.is_unspecified or ip.is_link_local
 
 
 def _address(name: str) -> IPv4Address | IPv6Address | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from agent import host_header
@@ -24,7 +23,6 @@ class Refusal:
     message: str
 
 
-@lru_cache(maxsize=4096)
 def client(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> Refusal | None:
     """403 for a client outside of ``networks``."""
     ip = ip_address(address)

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import orjson
 from mitmproxy import http
 
-from proxy_addon import errors, views
+from proxy_addon import errors, record, views
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.intake import path_of
@@ -45,7 +45,8 @@ class Admin:
 
     def request(self, flow: http.HTTPFlow) -> None:
         """Answer if the path is ours: 404 for what is not there, 405 for what is not a question."""
-        path = path_of(flow)
+        rec = record.of(flow)
+        path = rec.path if rec is not None else path_of(flow)
         if flow.response is not None or not (path in self.routes or path.startswith(PREFIX)):
             return
         answer = self._explain if path.startswith(EXPLAIN) else self.routes.get(path)

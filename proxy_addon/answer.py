@@ -8,6 +8,7 @@ from collections.abc import Callable
 from mitmproxy import http
 
 from proxy_addon import plans, record
+from proxy_addon.heads import put
 from proxy_addon.http_stream import NextChunk
 from proxy_addon.record import Record
 from proxy_addon.relay import Tee, framing_of
@@ -67,14 +68,15 @@ class Answer:
 
 def mark(response: http.Response, rec: Record) -> None:
     """The headers of every answer: which request it was, where it went, after what tries and wait."""
-    response.headers["x-sollol-request-id"] = rec.id
+    marks = {"x-sollol-request-id": rec.id}
     if rec.attempts and rec.placed:
-        response.headers["x-sollol-node"] = rec.attempts[-1].node
-        response.headers["x-sollol-attempts"] = str(len(rec.attempts))
+        marks["x-sollol-node"] = rec.attempts[-1].node
+        marks["x-sollol-attempts"] = str(len(rec.attempts))
     if rec.decisions and rec.decisions[-1].node is not None:
-        response.headers["x-sollol-policy"] = rec.decisions[-1].policy
-        response.headers["x-sollol-expected-s"] = f"{rec.decisions[-1].expected_s:.3f}"
+        marks["x-sollol-policy"] = rec.decisions[-1].policy
+        marks["x-sollol-expected-s"] = f"{rec.decisions[-1].expected_s:.3f}"
     if rec.queue_position is not None:
-        response.headers["x-sollol-queue-wait"] = f"{rec.queued_s or 0.0:.3f}"
-        response.headers["x-sollol-queue-position"] = str(rec.queue_position)
-        response.headers["x-sollol-queue-expected-wait"] = f"{rec.expected_wait_s or 0.0:.3f}"
+        marks["x-sollol-queue-wait"] = f"{rec.queued_s or 0.0:.3f}"
+        marks["x-sollol-queue-position"] = str(rec.queue_position)
+        marks["x-sollol-queue-expected-wait"] = f"{rec.expected_wait_s or 0.0:.3f}"
+    put(response.headers, marks)

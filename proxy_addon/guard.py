@@ -16,6 +16,7 @@ from agent import cors, host_header
 from proxy_addon import access, errors, record
 from proxy_addon.access import Refusal
 from proxy_addon.fleet.node import Fleet
+from proxy_addon.record import Record
 from proxy_addon.settings import Address, Settings
 
 #: Headers of an answer that a page may read.
@@ -23,6 +24,8 @@ EXPOSED = (
     "x-sollol-request-id,x-sollol-node,"
     "x-sollol-queue-wait,x-sollol-queue-position,x-sollol-queue-expected-wait,retry-after"
 )
+
+CLIENTS = 4096  #: addresses of which is kept whether they may ask
 
 
 class Guard:
@@ -34,6 +37,7 @@ class Guard:
         self.fleet = fleet
         self._origins = cors.DEFAULT_ORIGINS + settings.guard.origins
         self._hosts = tuple(name.lower() for name in settings.guard.hosts)
+        self._clients: dict[str, Refusal | None] = {}  #: by address
         self._checks_host = host_header.is_loopback(settings.listen.host)
         addresses: tuple[Address, ...] = (settings.listen, *settings.nodes)
         #: What means the fleet besides its nodes' addresses: our own port, names with many addresses.
@@ -52,9 +56,11 @@ class Guard:
         seen = record.of(flow)
         if seen is None:
             return  # not a request of the chain: the last guard, at server_connect, refuses it
-        refusal = self._refusal(flow, seen.body_limit_bytes)
-        origin = flow.request.headers.pop("origin", "")
-        foreign = origin and not cors.same_origin(origin, flow.request.host_header or "")
+        refusal = self._refusal(flow, seen)
+        origin = seen.headers.get("origin", "")
+        foreign = origin and not cors.same_origin(origin, _host(flow, seen))
+        if "origin" in seen.headers:
+            del flow.request.headers["origin"]
         if foreign and (refusal is None or refusal.status != 403):
             seen.origin = origin
         if refusal:
@@ -73,19 +79,27 @@ class Guard:
         if flow.response and seen and seen.origin:
             flow.response.headers.update(cors.answer_headers(seen.origin, EXPOSED))
 
-    def _refusal(self, flow: http.HTTPFlow, limit_bytes: int | None) -> Refusal | None:
-        guard, headers, peer = self.settings.guard, flow.request.headers, flow.client_conn.peername
+    def _refusal(self, flow: http.HTTPFlow, seen: Record) -> Refusal | None:
+        headers = seen.headers
         return (
-            (access.client(peer[0], guard.clients) if peer else None)
+            (self._client(seen.client) if seen.client else None)
             or access.loop(headers, self.proxy_id)
-            or (self._host(flow) if _reverse(flow) else self._target(flow))
-            or self._origin(flow)
+            or (self._own_host(flow, seen) if _reverse(flow) else self._target(flow))
+            or self._origin(flow, seen)
             or access.framing(headers)
-            or access.size(int(headers.get("content-length", "0")), limit_bytes)
+            or access.size(int(headers.get("content-length", "0")), seen.body_limit_bytes)
         )
 
-    def _host(self, flow: http.HTTPFlow) -> Refusal | None:
-        return access.host(flow.request.host_header or "", self._hosts) if self._checks_host else None
+    def _client(self, address: str) -> Refusal | None:
+        """What :func:`access.client` says, asked once for each address."""
+        if address not in self._clients:
+            if len(self._clients) >= CLIENTS:
+                self._clients.clear()
+            self._clients[address] = access.client(address, self.settings.guard.clients)
+        return self._clients[address]
+
+    def _own_host(self, flow: http.HTTPFlow, seen: Record) -> Refusal | None:
+        return access.host(_host(flow, seen), self._hosts) if self._checks_host else None
 
     def _target(self, flow: http.HTTPFlow) -> Refusal | None:
         request = flow.request
@@ -97,13 +111,18 @@ class Guard:
             [node.name for node in self.fleet],
         )
 
-    def _origin(self, flow: http.HTTPFlow) -> Refusal | None:
-        origin = flow.request.headers.get("origin", "")
-        if not origin or cors.same_origin(origin, flow.request.host_header or ""):
+    def _origin(self, flow: http.HTTPFlow, seen: Record) -> Refusal | None:
+        origin = seen.headers.get("origin", "")
+        if not origin or cors.same_origin(origin, _host(flow, seen)):
             return None
         if cors.admitted(origin, self._origins):
             return None
         return Refusal(403, f"pages of {origin} may not ask here; guard.origins lists those that may")
+
+
+def _host(flow: http.HTTPFlow, seen: Record) -> str:
+    """The Host as the client sent it, or what HTTP/2 has in its place."""
+    return seen.headers.get("host") or flow.request.host_header or ""
 
 
 def _reverse(flow: http.HTTPFlow) -> bool:

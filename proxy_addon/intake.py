@@ -23,12 +23,13 @@ class Intake:
         """Open the record: from here on every addon knows what was asked for, and how errors look."""
         path = path_of(flow)
         rec = record.open_for(flow, protocol_of(path), self.now())
-        rec.endpoint = match(path)
+        rec.path, rec.endpoint = path, match(path)
         if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
             rec.body_limit_bytes = self.body_limit_bytes
         if rec.endpoint is not None and path.rstrip("/") == rec.endpoint.path != path:
             # A node would redirect, and not to here but past the proxy.
             flow.request.path = rec.endpoint.path + flow.request.path.removeprefix(path)
+            rec.path = rec.endpoint.path
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """Whoever asked with HEAD gets the head alone: a body would be read as the next answer."""
@@ -57,9 +58,7 @@ class Understand:
             flow.response.headers["allow"] = ", ".join(sorted(endpoint.methods))
             return
         try:
-            rec.ask = parse(
-                endpoint, path_of(flow), flow.request.headers, flow.request.raw_content or b"", rec.client
-            )
+            rec.ask = parse(endpoint, rec.path, rec.headers, flow.request.raw_content or b"", rec.client)
         except BadRequest as bad:
             flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
 

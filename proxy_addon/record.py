@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
 from mitmproxy import http
 
 from proxy_addon import defects
+from proxy_addon import heads
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
@@ -62,6 +63,8 @@ class Record:
     protocol: Protocol
     started_s: float
     client: str  #: address of the client, without port
+    headers: Mapping[str, str] = field(default_factory=dict)  #: as the client sent them; see heads.py
+    path: str = ""  #: without query
     endpoint: Endpoint | None = None
     ask: Ask | None = None
     decisions: list[Decision] = field(default_factory=list)
@@ -121,6 +124,7 @@ def of(flow: http.HTTPFlow) -> Record | None:
 def open_for(flow: http.HTTPFlow, protocol: Protocol, now_s: float) -> Record:
     """Begin the record of ``flow`` under a fresh request id (16 hex digits)."""
     peer = flow.client_conn.peername
-    record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, peer[0] if peer else "")
+    headers = heads.read(flow.request.headers.fields)
+    record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, peer[0] if peer else "", headers)
     flow.sollol = record  # type: ignore[attr-defined]
     return record

@@ -18,6 +18,7 @@ from mitmproxy import http
 
 from proxy_addon import errors, record, routing_metadata
 from proxy_addon.endpoints import Handling
+from proxy_addon.heads import first
 from proxy_addon.record import FinalStats
 
 #: A whole answer larger than this is let through before its end; so is a first or partial line.
@@ -48,7 +49,7 @@ _SEPARATOR: dict[Framing, bytes] = {"ndjson": b"\n", "sse": b"\n\n"}
 
 def framing_of(response: http.Response) -> Framing:
     """How an answer is divided, by its content type."""
-    content_type = response.headers.get("content-type", "")
+    content_type = first(response.headers, b"content-type")
     return next((framing for prefix, framing in _FRAMING if content_type.startswith(prefix)), "opaque")
 
 

@@ -35,7 +35,7 @@ class Door:
         rec, classes = record.of(flow), self.settings.clients
         if rec is None or not classes:
             return
-        client = client_of(flow.request.headers, rec.client, classes)
+        client = client_of(rec.headers, rec.client, classes)
         rec.client_name, rec.client_class = client.name, client.of
         strip_keys(flow.request.headers, classes)
 
@@ -48,7 +48,7 @@ class Door:
         if ask.endpoint.handling is not Handling.ROUTE:
             return
         try:
-            ask.priority = priority(ask.body, flow.request.headers, of, self.settings.admission)
+            ask.priority = priority(ask.body, rec.headers, of, self.settings.admission)
             if of is not None:
                 ask.client, ask.weight = rec.client_name, of.weight
                 self.limits.enter(of, ask.client, self.now())
