@@ -16,7 +16,10 @@ import h11
 from tests.fakes.clock import clock_s
 from tests.fakes.faults import GARBAGE, Fault
 
+PADDING = b'"padding":"'  #: how a long line is made long: a field that no client knows
+
 UPLOAD_WINDOW_BYTES = 1 << 20
+SHORT_BYTES = 10  #: what a Content-Length that is too small at the end leaves out
 Outcome = Literal["open", "completed", "cancelled", "faulted"]
 
 
@@ -177,12 +180,17 @@ class Exchange:
         self, status: int, body: bytes = b"", content_type: str | None = None, **headers: str
     ) -> None:
         """Send a whole response with a Content-Length (no body for HEAD)."""
-        delta = self.fault.bytes if self.fault and self.fault.do == "length" else 0
-        head = self._head(status, content_type, headers, length=max(0, len(body) + delta))
+        fault = self.fault
+        if fault is not None and fault.at == "mid_body":
+            self.close = True  # the rest of the request is not read
+        if fault is not None and fault.do in ("long", "long_cut") and fault.at != "before_head":
+            return await self._respond_long(status, content_type, headers, body, fault)
+        delta = fault.bytes if fault and fault.do == "length" else 0
+        length = self._said_bytes([body], fault) if fault and fault.do == "short" else len(body) + delta
+        head = self._head(status, content_type, headers, length=max(0, length))
         if self.record.method == "HEAD":
             body = b""
-        fault = self.fault
-        if fault is None:
+        if fault is None or fault.do == "short":
             await self.send(head + body)
         else:
             await self._send_head(head)
@@ -199,7 +207,7 @@ class Exchange:
     async def start(self, content_type: str, status: int = 200, **headers: str) -> None:
         """Begin a stream: its head goes out with the first chunk."""
         self._streaming = True
-        if self.fault and self.fault.do == "length":
+        if self.fault and self.fault.do in ("length", "short"):
             self._held = []
             self._pending_type = content_type
             return
@@ -222,7 +230,12 @@ class Exchange:
                 await self.act(fault)
             at_count = fault.at == "after_chunks" and fault.chunks == self.record.chunks
             if at_count or (fault.at == "before_last" and last):
-                await self.act(fault)
+                if fault.do in ("long", "long_cut"):
+                    return await self._send_long(data, fault)
+                if fault.do == "trickle":
+                    self._trickling = True
+                else:
+                    await self.act(fault, data)
         self.record.chunks += 1
         await self.send(self._take_head() + self.frame(data))
         self._connection.notice()
@@ -240,9 +253,17 @@ class Exchange:
     async def end(self) -> None:
         """End a stream."""
         if self._held is not None:
-            held, self._held = b"".join(self._held), None
-            return await self.respond(200, held, self._pending_type)
-        if self.fault and self.fault.at in ("before_end", "after_chunks", "mid_line"):
+            held, self._held = self._held, None
+            fault, self.fault = self.fault, None
+            assert fault is not None
+            length = self._said_bytes(held, fault)
+            body = b"".join(held)
+            head = self._head(200, self._pending_type, {}, length=max(0, length))
+            await self.send(head + body)
+            if fault.do == "length":
+                await self.act(Fault("fin"))
+            return self.finish()
+        if self.fault and self.fault.at in ("before_end", "after_chunks", "mid_line") and not self._trickling:
             await self.act(self.fault)
         await self.send(self._take_head() + (b"0\r\n\r\n" if self.chunked else b""))
         self.finish()
@@ -264,7 +285,7 @@ class Exchange:
             await self._connection.write(data[: fault.bytes - self.record.sent_bytes])
             self.record.sent_bytes = fault.bytes
             await self.act(fault)
-        elif fault.do == "trickle":
+        elif fault.do == "trickle" and (fault.at == "before_head" or self._trickling):
             for start in range(0, len(data), fault.bytes):
                 await self._connection.write(data[start : start + fault.bytes])
                 await asyncio.sleep(fault.interval_s)
@@ -272,8 +293,11 @@ class Exchange:
             await self._connection.write(data)
         self.record.sent_bytes += len(data)
 
-    async def act(self, fault: Fault) -> None:
-        """Do what ``fault`` says; always raises :class:`Aborted` (or hangs until the client leaves)."""
+    async def act(self, fault: Fault, data: bytes = b"") -> None:
+        """Do what ``fault`` says; always raises :class:`Aborted` (or hangs until the client leaves).
+
+        ``data`` is what would have come next.
+        """
         self.record.outcome = "faulted"
         self._connection.notice()
         if fault.delay_s:
@@ -290,6 +314,10 @@ class Exchange:
             raise Aborted(reuse=True)
         if fault.do == "garbage":
             await connection.write(GARBAGE)
+        elif fault.do == "cut_chunk":
+            await connection.write(self.frame(data)[: len(data) // 2] if data else b"0\r\n")
+        elif fault.do == "bad_chunk":
+            await connection.write(b"size\r\n" + data + b"\r\n")
         await connection.flush()
         if fault.do == "rst":
             connection.reset()
@@ -307,9 +335,19 @@ class Exchange:
         if fault.at == "mid_head":
             await self.send(head[: len(head) // 2])
             await self.act(fault)
+        if fault.at == "before_head" and fault.do in ("long", "long_cut"):
+            status_line, _, rest = head.partition(b"\r\n")
+            long = status_line + b"\r\nX-Long: " + b"x" * fault.bytes + b"\r\n"
+            if fault.do == "long_cut":
+                await self.send(long[: len(long) // 2])
+                await self.act(Fault("rst"))
+            head = long + rest
         await self.send(head)
         if fault.at == "after_head":
-            await self.act(fault)
+            if fault.do == "trickle":
+                self._trickling = True
+            else:
+                await self.act(fault)
 
     def _head(
         self, status: int, content_type: str | None, headers: dict[str, str], length: int | None
@@ -330,8 +368,50 @@ class Exchange:
             lines.append("Connection: close")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
+    def _said_bytes(self, body: list[bytes], fault: Fault) -> int:
+        """The Content-Length that ``fault`` lies about a body of these pieces."""
+        total = sum(map(len, body))
+        if fault.do == "length":
+            return total + fault.bytes
+        if fault.at == "after_head":
+            return 0
+        if fault.at == "before_end":
+            return total - SHORT_BYTES
+        before = body[: fault.chunks] if len(body) > 1 else []
+        return sum(map(len, before)) + len(body[len(before)]) // 2
+
+    async def _send_long(self, data: bytes, fault: Fault) -> None:
+        """Send an object as a line that is as long as ``fault`` says, or the first half of that line."""
+        line = _padded(data, fault.bytes)
+        if fault.do == "long":
+            self.fault = None
+            return await self.chunk(line)
+        await self.send(self._take_head() + self.frame(line[: len(line) // 2]))
+        await self.act(Fault("rst"))
+
+    async def _respond_long(
+        self, status: int, content_type: str | None, headers: dict[str, str], body: bytes, fault: Fault
+    ) -> None:
+        """Send a whole response that is as long as ``fault`` says, or the first half of it."""
+        body, self.fault = _padded(body, fault.bytes), None
+        head = self._head(status, content_type, headers, length=len(body))
+        if fault.do == "long":
+            await self.send(head + body)
+            return self.finish()
+        await self.send(head + body[: len(body) // 2])
+        await self.act(Fault("rst"))
+
+    _trickling = False
     _pending_head: bytes = b""
     _pending_type: str = ""
+
+
+def _padded(data: bytes, size: int) -> bytes:
+    """``data`` with ``size`` bytes more: in its object, or as a comment of the event stream."""
+    before, brace, after = data.partition(b"{")
+    if not brace:
+        return b": " + b"x" * size + b"\n" + data
+    return before + brace + PADDING + b"x" * size + b'",' + after
 
 
 def _reason(status: int) -> str:

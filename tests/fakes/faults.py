@@ -7,6 +7,7 @@ The functions below make the usual ones; ``path`` is a glob (``/api/chat``, ``/a
 ====================  ====================================================================================
 moment (``at``)       the response so far
 ====================  ====================================================================================
+``connect``           nothing; the connection was accepted, and nothing read of it
 ``accept``            nothing; the request is not even read (acts on the connection's first bytes)
 ``mid_body``          nothing; ``bytes`` bytes of the request's body were read
 ``before_head``       nothing; the request was read and recorded
@@ -28,9 +29,16 @@ action (``do``)       what happens then
 ``garbage``           bytes that are no HTTP, then FIN
 ``error``             a last error in the shape that Ollama's surface uses mid-stream, then a clean end
 ``end``               a clean end of the body, with no last object
-``reply``             ``status`` with ``text`` instead of the answer (only before the head)
-``trickle``           the answer in pieces of ``bytes`` bytes every ``interval_s``
+``reply``             ``status`` with ``text`` instead of the answer (before the head; ``mid_body``: before
+                      the request's body was read, as Go does it: most of it stays unread, then FIN)
+``trickle``           from there on, the answer in pieces of ``bytes`` bytes every ``interval_s``
 ``length``            a Content-Length that is ``bytes`` larger (or smaller) than the body, then FIN
+``short``             a Content-Length that says that the body ends there; the rest comes all the same, and
+                      the connection stays open
+``cut_chunk``         half of a chunk (of the terminal one ``before_end``), then FIN
+``bad_chunk``         a chunk whose size is no number, then FIN
+``long``              a header field (``before_head``) or a line of ``bytes`` bytes more
+``long_cut``          the first half of that, then a reset
 ====================  ====================================================================================
 """
 
@@ -42,6 +50,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 Moment = Literal[
+    "connect",
     "accept",
     "mid_body",
     "before_head",
@@ -53,7 +62,25 @@ Moment = Literal[
     "before_end",
     "after_bytes",
 ]
-Action = Literal["rst", "fin", "hang", "garbage", "error", "end", "reply", "trickle", "length"]
+Action = Literal[
+    "rst",
+    "fin",
+    "hang",
+    "garbage",
+    "error",
+    "end",
+    "reply",
+    "trickle",
+    "length",
+    "short",
+    "cut_chunk",
+    "bad_chunk",
+    "long",
+    "long_cut",
+]
+
+#: Those that shape the answer where it is made, instead of ending it at a moment.
+SHAPING = frozenset({"reply", "trickle", "length", "short", "long", "long_cut"})
 
 GARBAGE = b"\x16\x03\x01\x02\x00this is no HTTP\r\n\x00\xff\xfe\r\n\r\n"
 
@@ -150,6 +177,16 @@ def no_done(**where: object) -> Fault:
 def trickle(size: int = 7, interval_s: float = 0.001, **where: object) -> Fault:
     """Return an answer that comes in pieces of ``size`` bytes, every ``interval_s``."""
     return Fault("trickle", bytes=size, interval_s=interval_s, **where)  # type: ignore[arg-type]
+
+
+def early(status: int, text: str, **where: object) -> Fault:
+    """Return an answer as of :func:`reply` that comes before the request's body was read."""
+    return Fault("reply", "mid_body", status=status, text=text, **where)  # type: ignore[arg-type]
+
+
+def long_line(size: int, at: Moment = "after_head", *, cut: bool = False, **where: object) -> Fault:
+    """Return a line (a header field ``before_head``) that is ``size`` bytes longer; ``cut``: half of it."""
+    return Fault("long_cut" if cut else "long", at, bytes=size, **where)  # type: ignore[arg-type]
 
 
 def wrong_length(delta: int = 10, **where: object) -> Fault:

@@ -17,9 +17,10 @@ import h11
 
 from tests.fakes.clock import clock_s
 from tests.fakes.exchange import Aborted, Exchange, Notice, Received
-from tests.fakes.faults import GARBAGE, Fault
+from tests.fakes.faults import GARBAGE, SHAPING, Fault, Moment
 
 DISCARD_BYTES = 256 << 10  # what Go's server reads of an unread body before it closes instead
+LINGER_S = 0.5  # Go's rstAvoidanceDelay (net/http/server.go)
 
 
 class Connection(asyncio.Protocol):
@@ -42,6 +43,9 @@ class Connection(asyncio.Protocol):
         self._server.connections.add(self)
         self._server.accepted += 1
         self._server.notice()
+        fault = self._server.claim_connection_fault("connect")
+        if fault is not None:
+            return self._fail(fault)
         if self._server.accept_delay_s is not None:
             self.pause_reading()
             if self._server.accept_delay_s != float("inf"):
@@ -49,15 +53,19 @@ class Connection(asyncio.Protocol):
                 loop.call_later(self._server.accept_delay_s, self.resume_reading)
 
     def data_received(self, data: bytes) -> None:
-        fault = self._server.claim_connection_fault() if self._exchange is None else None
+        fault = self._server.claim_connection_fault("accept") if self._exchange is None else None
         if fault is not None:
-            if fault.do == "hang":
-                return self.pause_reading()
-            if fault.do == "garbage":
-                self._transport_().write(GARBAGE)
-            return self.reset() if fault.do == "rst" else self.close()
+            return self._fail(fault)
         self._h11.receive_data(data)
         self._advance()
+
+    def _fail(self, fault: Fault) -> None:
+        """Act out a fault of the connection itself."""
+        if fault.do == "hang":
+            return self.pause_reading()
+        if fault.do == "garbage":
+            self._transport_().write(GARBAGE)
+        return self.reset() if fault.do == "rst" else self.close()
 
     def eof_received(self) -> bool:
         return False  # like Go's server: a client that half-closes has left
@@ -122,6 +130,14 @@ class Connection(asyncio.Protocol):
         """Close the connection in order."""
         self._transport_().close()
 
+    def linger(self) -> None:
+        """Say that nothing more comes and close a little later, so that no RST overtakes what was sent."""
+        transport = self._transport_()
+        self.pause_reading()
+        if not transport.is_closing():
+            transport.write_eof()
+            asyncio.get_running_loop().call_later(LINGER_S, transport.close)
+
     def notice(self) -> None:
         """Wake those who wait for a condition."""
         self._server.notice()
@@ -182,7 +198,9 @@ class Connection(asyncio.Protocol):
         while reuse and not exchange.body_complete and dropped < DISCARD_BYTES:
             await exchange._more.wait()
             dropped += exchange.discard()
-        if not reuse or not exchange.body_complete:
+        if reuse and not exchange.body_complete:
+            return self.linger()
+        if not reuse:
             return self.close()
         trailing, _ = self._h11.trailing_data
         self._h11, self._exchange, self._task = h11.Connection(h11.SERVER), None, None
@@ -208,6 +226,7 @@ class HttpServer:
         self.host = "127.0.0.1"
         self.port = 0
         self._listener: asyncio.Server | None = None
+        self._full: list[socket.socket] = []  # a listener that nobody accepts from, and what fills its queue
 
     @property
     def listening(self) -> bool:
@@ -227,6 +246,25 @@ class HttpServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        while self._full:
+            self._full.pop().close()
+
+    async def drop_syns(self) -> None:
+        """Let the kernel drop what asks for a new connection: the listener's queue is full.
+
+        Established connections go on. The queue of a backlog of 0 holds one connection (Linux).
+        """
+        await self.refuse()
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self.host, self.port))
+        listener.listen(0)
+        self._full = [listener]
+        for _ in range(2):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((self.host, self.port))
+            self._full.append(filler)
 
     async def stop(self, *, reset: bool = False) -> None:
         """Close the listener and every connection (with RST if ``reset``)."""
@@ -247,15 +285,15 @@ class HttpServer:
     def claim(self, method: str, path: str) -> Fault | None:
         """Take the first waiting fault that matches a request."""
         for fault in self.faults:
-            if fault.at != "accept" and fault.matches(method, path):
+            if fault.at not in ("connect", "accept") and fault.matches(method, path):
                 fault.hits += 1
                 return fault
         return None
 
-    def claim_connection_fault(self) -> Fault | None:
-        """Take the first waiting fault that acts before a request is read."""
+    def claim_connection_fault(self, at: Moment) -> Fault | None:
+        """Take the first waiting fault that acts on a connection at ``at``."""
         for fault in self.faults:
-            if fault.at == "accept" and fault.matches("*", "*"):
+            if fault.at == at and fault.matches("*", "*"):
                 fault.hits += 1
                 return fault
         return None
@@ -270,7 +308,11 @@ class HttpServer:
         self.notice()
         if not self.thawed.is_set():
             await self.thawed.wait()
-        if fault is not None and fault.at == "before_head" and fault.do not in ("trickle", "length"):
+        if (
+            fault is not None
+            and fault.at == "before_head"
+            and (fault.do == "reply" or fault.do not in SHAPING)
+        ):
             await exchange.body()
             if fault.do != "reply":
                 await exchange.act(fault)

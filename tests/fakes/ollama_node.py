@@ -18,9 +18,10 @@ fields of :class:`~tests.fakes.machine.NodeSpec`, given here by keyword.
 
 To look at a moment without racing it: ``hold_loads()``, ``hold_tokens()``, then ``go_on()``.
 
-Whole-node failures: ``refuse()`` (listener closed), ``accept_again()``, ``black_hole()`` (accepts, never
-answers), ``slow_accept(seconds)``, ``freeze()`` and ``thaw()`` (as SIGSTOP and SIGCONT), ``kill()`` (all
-connections reset, nothing listens), ``restart()`` (the same port, nothing loaded).
+Whole-node failures: ``refuse()`` (listener closed), ``drop_syns()`` (connecting never ends),
+``accept_again()``, ``black_hole()`` (accepts, never answers), ``slow_accept(seconds)``, ``freeze()`` and
+``thaw()`` (as SIGSTOP and SIGCONT), ``kill()`` (all connections reset, nothing listens), ``restart()`` (the
+same port, nothing loaded).
 
 As a process, for ``kill -9``, SIGSTOP and benchmarks (prints its address on the first line)::
 
@@ -246,8 +247,13 @@ class FakeOllama:
         """Close the listener; established connections go on."""
         await self.server.refuse()
 
+    async def drop_syns(self) -> None:
+        """Let nobody connect, and nobody be told; established connections go on."""
+        await self.server.drop_syns()
+
     async def accept_again(self) -> None:
-        """Listen on the same port again."""
+        """Listen on the same port again, after :meth:`refuse` or :meth:`drop_syns`."""
+        await self.server.refuse()
         await self.server.listen()
 
     def black_hole(self) -> None:
