@@ -15,6 +15,8 @@ from mitmproxy import http
 from mitmproxy.connection import Client
 
 from proxy_addon import errors, record
+from proxy_addon.access import HOPS_HEADER
+from proxy_addon.access import HOPS_HEADER
 from proxy_addon.admission import limits
 from proxy_addon.admission.admission import Admission
 from proxy_addon.admission.limits import Refused
@@ -25,6 +27,7 @@ from proxy_addon.endpoints import Task
 from proxy_addon.fleet.health import BASE_EJECTION_S
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node, names
+from proxy_addon.heads import put
 from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.policies import decide
@@ -198,8 +201,13 @@ class Dispatch:
                 need_bytes=decision.need_bytes,
             )
             node.loaded_with[key] = runs_under(node.loaded_with.get(key), rec.ask.reload_key, loads)
-        point_at(flow, node)
-        self.stamp(flow.request.headers)
+        headers = {"host": node.name}  # a loopback Ollama checks it
+        if hops := rec.headers.get(HOPS_HEADER):
+            headers[HOPS_HEADER] = hops
+        self.stamp(headers)
+        put(flow.request.headers, headers)
+        data = flow.request.data
+        data.host, data.port, data.scheme, data.authority = node.host, node.port, b"http", b""
         rec.node = node
         rec.placed = True
         rec.sent_s = now_s
@@ -221,11 +229,6 @@ class Dispatch:
             attempt = rec.attempts[-1]
             attempt.ended_s, attempt.outcome, attempt.detail = self.now(), outcome, detail
 
-    def sent_by(self, client: Client) -> Record | None:
-        """What is in flight for ``client``; for rare cases, as it looks through all."""
-        flows = (flow for flows in self.in_flight.values() for flow in flows)
-        return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
-
     def _awaits(self, rec: Record, decision: Decision) -> bool:
         """Whether it is worth to wait on for a coordinator; the time runs from the first such moment."""
         if not any(name not in rec.hopeless for name in decision.awaits):
@@ -245,6 +248,11 @@ class Dispatch:
             and not node.health.admits(len(node.flights))
             for node in self.fleet
         )
+
+    def sent_by(self, client: Client) -> Record | None:
+        """What is in flight for ``client``; for rare cases, as it looks through all."""
+        flows = (flow for flows in self.in_flight.values() for flow in flows)
+        return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
 
     async def _change(self, rec: Record) -> None:
         """Wait until a node is free or lost, or the client leaves, or it has waited too long."""
@@ -305,13 +313,6 @@ def _not_found(ask: Ask) -> str:
     if ask.task is Task.EMBED:
         return f'model "{ask.model}" not found, try pulling it first'
     return f"model '{ask.model}' not found"
-
-
-def point_at(flow: http.HTTPFlow, node: Node) -> None:
-    """Rewrite the upstream address and Host of ``flow`` to ``node``: a loopback Ollama checks its Host."""
-    data = flow.request.data
-    data.host, data.port, data.scheme, data.authority = node.host, node.port, b"http", b""
-    flow.request.headers["host"] = node.name
 
 
 async def _unless_left(rec: Record, delay_s: float) -> None:
