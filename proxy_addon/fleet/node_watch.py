@@ -267,7 +267,7 @@ class NodeWatch:
         """``look``'s result. The outermost boundary of a poll: a defect in one must not blind the proxy."""
         try:
             return await look()
-        except Exception:
+        except Exception as defect:  # noqa: BLE001
             self.errors += 1
             self.looked.set()
             defects.report(defect, "poll")
