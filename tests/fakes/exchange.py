@@ -16,7 +16,7 @@ import h11
 from tests.fakes.clock import clock_s
 from tests.fakes.faults import GARBAGE, Fault
 
-PADDING = b'"padding":"'  #: how a long line is made long: a field that no client knows
+_PADDING = b'"padding":"'  #: how a long line is made long: a field that no client knows
 
 UPLOAD_WINDOW_BYTES = 1 << 20
 SHORT_BYTES = 10  #: what a Content-Length that is too small at the end leaves out
@@ -411,7 +411,7 @@ def _padded(data: bytes, size: int) -> bytes:
     before, brace, after = data.partition(b"{")
     if not brace:
         return b": " + b"x" * size + b"\n" + data
-    return before + brace + PADDING + b"x" * size + b'",' + after
+    return before + brace + _PADDING + b"x" * size + b'",' + after
 
 
 def _reason(status: int) -> str:

@@ -65,9 +65,8 @@ class Exchange:
     body: Body
 
     def __str__(self) -> str:
-        return (
-            f"{self.protocol} {'upload' if self.upload else 'stream' if self.stream else 'whole'} {self.body}"
-        )
+        form = "upload" if self.upload else "stream" if self.stream else "whole"
+        return f"{self.protocol} {form} {self.body}"
 
     @property
     def upload(self) -> bool:
