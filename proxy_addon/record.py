@@ -10,8 +10,7 @@ from random import Random
 
 from mitmproxy import http
 
-from proxy_addon import defects
-from proxy_addon import heads
+from proxy_addon import defects, heads
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
@@ -63,10 +62,10 @@ class Record:
     protocol: Protocol
     started_s: float
     client: str  #: address of the client, without port
-    headers: Mapping[str, str] = field(default_factory=dict)  #: as the client sent them; see heads.py
-    path: str = ""  #: without query
     endpoint: Endpoint | None = None
     ask: Ask | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)  #: as the client sent them; see heads.py
+    path: str = ""  #: without query
     decisions: list[Decision] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     flight: Flight | None = None
@@ -125,6 +124,7 @@ def open_for(flow: http.HTTPFlow, protocol: Protocol, now_s: float) -> Record:
     """Begin the record of ``flow`` under a fresh request id (16 hex digits)."""
     peer = flow.client_conn.peername
     headers = heads.read(flow.request.headers.fields)
-    record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, peer[0] if peer else "", headers)
+    client = peer[0] if peer else ""
+    record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, client, headers=headers)
     flow.sollol = record  # type: ignore[attr-defined]
     return record
