@@ -108,7 +108,9 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     texts = [*broken, *(violation.text(began_s) for violation in violations)]
     (folder / "violations.txt").write_text("\n".join(texts))
     title = f"{options.minutes:g} minutes, {options.clients} clients, {count} nodes, seed {options.seed}"
-    faults = {**storm.done, **({} if reloads else {"reload": "not in this build"})}
+    faults: dict[str, int | str] = {**storm.done}
+    if not reloads:
+        faults["reload"] = "not in this build"
     turned_away = sum(excused(outcome, ledger) for outcome in outcomes if outcome.end == "failed")
     print(report(title, outcomes, faults, before, after, turned_away, len(texts)))
     for text in texts[:SHOWN]:

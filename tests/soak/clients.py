@@ -2,8 +2,8 @@
 
     python -m tests.soak.clients http://127.0.0.1:21000 --clients 40 --seed 1 --out outcomes.jsonl
 
-Each draws what it asks and how out of the seed. It repeats a request only where the port refused the connection,
-as any client does while its server restarts, or where a kept connection was found closed.
+Each draws what it asks and how out of the seed. It repeats a request only where the port refused the
+connection, as any client does while its server restarts, or where a kept connection was found closed.
 """
 
 from __future__ import annotations

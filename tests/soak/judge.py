@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,12 +26,13 @@ class Violation:
     def text(self, zero_s: float) -> str:
         """For a reader: the request, when, and what was wrong with whom then (seconds from its start)."""
         o = self.outcome
+        retries = dict(Counter(retry.why for retry in o.retries))
         lines = (
             f"{self.what}",
             f"  request {o.id} ({o.request_id or 'no id'}): {o.shape}, {o.model}, {o.manner}, "
             f"{'fresh' if o.fresh else 'kept'} connection, on {o.node or 'no node'}",
             f"  sent at {o.sent_s - zero_s:.2f} s, ended after {o.ended_s - o.sent_s:.2f} s: {o.end}, "
-            f"HTTP {o.status}, {o.tokens} tokens, retries {[r.why for r in o.retries]}: {o.detail}",
+            f"HTTP {o.status}, {o.tokens} tokens, retries {retries}: {o.detail}",
             f"  meanwhile: {'; '.join(self.states) or 'all well'}",
         )
         return "\n".join(lines)
@@ -60,17 +62,18 @@ def _of_end(outcome: Outcome, ledger: Ledger) -> Iterator[str]:
         yield what
 
 
-def _of_retries(outcome: Outcome, ledger: Ledger) -> Iterator[str]:
+def _of_retries(outcome: Outcome, ledger: Ledger) -> list[str]:
     for retry in outcome.retries:
         renewals = ledger.in_trouble("proxy", retry.at_s, retry.at_s)
         if not renewals:
-            yield f"a connection was {retry.why} while no proxy was restarted"
-        elif all(span.what == "upgrade" for span in renewals):
-            yield f"a connection was {retry.why} in an upgrade"
+            return [f"a connection was {retry.why} while no proxy was restarted"]
+        if all(span.what == "upgrade" for span in renewals):
+            return [f"a connection was {retry.why} in an upgrade"]
+    return []
 
 
 def _cut(outcome: Outcome, ledger: Ledger) -> str:
-    """An answer that had begun may only be cut where its node was hurt, or the proxy's drain came to its limit."""
+    """An answer that had begun may only be cut where its node was hurt, or a drain came to its limit."""
     if ledger.in_trouble(outcome.node, outcome.sent_s, outcome.ended_s, GRACE_S):
         return ""
     drain_s = SETTINGS["timeouts"]["drain_s"]

@@ -1,8 +1,8 @@
 """What really befell the fleet, as intervals, and what follows from it. Times are of the monotonic clock.
 
-The judgement must never blame the proxy for what it could not know, so everything here errs on the side of the
-proxy: a fault begins before its signal is sent and ends when the node was seen to answer; a model is gone before
-its delete is asked for and there once its pull has been confirmed.
+The judgement must never blame the proxy for what it could not know, so everything here errs on its side: a
+fault begins before its signal is sent and ends when the node was seen to answer; a model is gone before its
+delete is asked for and there once its pull has been confirmed.
 """
 
 from __future__ import annotations

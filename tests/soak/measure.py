@@ -87,7 +87,7 @@ async def measure(session: aiohttp.ClientSession, url: str, pid: int) -> Measure
 
 
 async def settled(session: aiohttp.ClientSession, url: str, pid: int) -> Measure:
-    """The proxy once it is at rest, with the fewest tasks and files of a few looks, at the latest after a limit."""
+    """The proxy once it is at rest, or a limit has passed; of tasks and files the fewest of some looks."""
     deadline_s = time.monotonic() + SETTLE_LIMIT_S
     looks: list[Measure] = []
     while len(looks) < 6 and time.monotonic() < deadline_s:

@@ -148,13 +148,13 @@ class Proxy(Program):
         self._nodes = nodes
         self._extra = extra
 
-    def configure(self, without: Node | None = None, **changes: object) -> None:
-        """Write ``sollol.yaml``, at once as a whole: JSON is YAML."""
+    def configure(self, without: Node | None = None, rounds: int = 5) -> None:
+        """Write ``sollol.yaml``: JSON is YAML."""
         listed = [node.setting() for node in self._nodes if node is not without]
-        self.write(orjson.dumps({**SETTINGS, "nodes": listed, **changes}))
+        self.write(orjson.dumps({**SETTINGS, "retry": {"rounds": rounds}, "nodes": listed}))
 
     def write(self, text: bytes) -> None:
-        """Replace ``sollol.yaml``."""
+        """Replace ``sollol.yaml`` at once as a whole."""
         draft = self.config.with_suffix(".new")
         draft.write_bytes(text)
         draft.replace(self.config)

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from tests.soak.measure import Measure
-from tests.soak.outcome import Outcome
+from tests.soak.outcome import End, Outcome
 from tests.soak.shapes import SHAPES
 
 PROTOCOL = {shape.name: shape.protocol for shape in SHAPES}
-COLUMNS = ("ok", "cut", "left", "failed", "hang", "wrong", "broken", "silent")
+COLUMNS: tuple[End, ...] = ("ok", "cut", "left", "failed", "hang", "wrong", "broken", "silent")
 MIB = 1 << 20
 
 
@@ -29,7 +29,7 @@ def table(rows: Sequence[Sequence[object]]) -> list[str]:
 def report(
     title: str,
     outcomes: Sequence[Outcome],
-    faults: Mapping[str, int],
+    faults: Mapping[str, int | str],
     before: Measure,
     after: Measure,
     excused: int,
@@ -44,7 +44,8 @@ def report(
         times = [f"{quantile(took_s, share):.2f} s" for share in (0.5, 0.99)]
         shapes.append([protocol, len(those), *(ends[end] for end in COLUMNS), *times])
     retries = Counter(retry.why for o in outcomes for retry in o.retries)
-    counted: list[list[object]] = [["what", "count"], *([kind, n] for kind, n in sorted(faults.items()))]
+    counted: list[list[object]] = [["what", "count"]]
+    counted += [[kind, n] for kind, n in sorted(faults.items())]
     counted += [
         ["client retries: port refused", retries["refused"]],
         ["client retries: kept connection closed", retries["stale"]],

@@ -52,7 +52,8 @@ def schedule(seed: str, length_s: float, *, renewals: bool, reloads: bool = True
 
 
 def _faults(draw: Random, node: int, length_s: float) -> list[Event]:
-    events, at_s = [], draw.uniform(0.0, UP_S[1])
+    events: list[Event] = []
+    at_s = draw.uniform(0.0, UP_S[1])
     while True:
         kind: Kind = draw.choice(("kill", "stop"))
         for_s = draw.choice(AWAY_S if kind == "kill" else STOPPED_S)
@@ -64,7 +65,8 @@ def _faults(draw: Random, node: int, length_s: float) -> list[Event]:
 
 def _models(draw: Random, model: str, length_s: float) -> list[Event]:
     """Pulls (or creates) and deletes of one model, by turns, on one node or through the proxy."""
-    events, at_s, held = [], draw.uniform(*MODEL_PAUSE_S) / 2, False
+    events: list[Event] = []
+    at_s, held = draw.uniform(*MODEL_PAUSE_S) / 2, False
     while at_s < length_s:
         node, through = draw.randrange(len(HOUSES)), draw.random() < 0.6
         if held:
@@ -90,7 +92,7 @@ def _reloads(draw: Random, length_s: float) -> list[Event]:
 
 
 def _renewals(draw: Random, length_s: float) -> list[Event]:
-    """Restarts and upgrades by turns; at least one of each where there is time for a calm before and after."""
+    """Restarts and upgrades by turns; at least one of each."""
     events: list[Event] = []
     at_s = min(draw.uniform(*RENEWAL_PAUSE_S), length_s / 3)
     while at_s < length_s * 0.8:

@@ -1,4 +1,4 @@
-"""Does what the schedule says, writes it into the ledger, and notes what went wrong with the deeds themselves."""
+"""Does what the schedule says, writes it into the ledger, notes what went wrong with the deeds themselves."""
 
 from __future__ import annotations
 
@@ -197,8 +197,7 @@ class Storm:
                 self.ledger.trouble(node.host_port, "unlisted", time.monotonic())
                 self.proxy.configure(without=node)
             else:
-                changes = {"retry": {"rounds": 6}} if event.variant == "limits" else {}
-                self.proxy.configure(**changes)
+                self.proxy.configure(rounds=6 if event.variant == "limits" else 5)
             left_out = {node.host_port} if event.variant == "without" else set()
             refusals = self._refusals()
             self.proxy.signal(signal.SIGHUP)
