@@ -111,7 +111,7 @@ def error_text(protocol: Protocol, value: Any) -> str | None:
     error = value.get("error") if isinstance(value, dict) else None
     if protocol == "native":
         return error if isinstance(error, str) and error else None
-    if protocol == "anthropic" and value.get("type") != "error":
+    if isinstance(value, dict) and (protocol == "anthropic") != (value.get("type") == "error"):
         return None
     message = error.get("message") if isinstance(error, dict) else None
     return message if isinstance(message, str) and message else None
