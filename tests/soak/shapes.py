@@ -152,6 +152,8 @@ class Reading:
             value = orjson.loads(part)
             self.error = error_text(shape.protocol, value)
             if self.error is None:
+                if value.get("error") is not None:
+                    raise ValueError("an error of another protocol")
                 assert shape.piece is not None
                 self.text += shape.piece(value)
                 self.done = bool(_ENDS.get(shape.path, lambda _: False)(value))
