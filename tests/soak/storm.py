@@ -17,13 +17,13 @@ import orjson
 
 from tests.soak.house import FLEETING, MADE, WIDE
 from tests.soak.ledger import GRACE_S, Ledger
-from tests.soak.processes import Node, Proxy
+from tests.soak.processes import START_LIMIT_S, Node, Proxy
 from tests.soak.schedule import Event
 
 #: For a pull, a delete, a create: as long as the slowest node may hang (``house.SETTINGS``), twice.
 DEED_LIMIT_S = 60.0
-#: Until a changed configuration shows, or a started proxy is ready.
-SHOWS_LIMIT_S = 30.0
+#: Until a changed configuration shows, or a hurt node is used again (an ejection lasts up to a minute).
+SHOWS_LIMIT_S = 90.0
 ASK_S = 0.1  #: between two looks at what only shows to those who ask
 BROKEN_CONFIG = b"nodes: [127.0.0.1:1\nretry: {rounds: many}\n"
 
@@ -230,11 +230,13 @@ class Storm:
         except aiohttp.ClientError:
             return {}
 
-    async def _shows(self, holds: Callable[[], Coroutine[Any, Any, bool]], what: str) -> None:
-        deadline_s = time.monotonic() + SHOWS_LIMIT_S
+    async def _shows(
+        self, holds: Callable[[], Coroutine[Any, Any, bool]], what: str, limit_s: float = SHOWS_LIMIT_S
+    ) -> None:
+        deadline_s = time.monotonic() + limit_s
         while not await holds():
             if time.monotonic() > deadline_s or not self.proxy.running:
-                return self.violated(f"it did not come true within {SHOWS_LIMIT_S:g} s that {what}")
+                return self.violated(f"it did not come true within {limit_s:g} s that {what}")
             await asyncio.sleep(ASK_S)
 
     async def ready(self) -> None:
@@ -247,7 +249,7 @@ class Storm:
             except aiohttp.ClientError:
                 return False
 
-        await self._shows(answers, "the proxy answers")
+        await self._shows(answers, "the proxy answers", START_LIMIT_S)
 
     async def all_up(self) -> None:
         """Return once the proxy gives work to every node."""
