@@ -38,6 +38,7 @@ from mitmproxy.proxy.layers.http import (
     ResponseEndOfMessage,
     ResponseHeaders,
     ResponseProtocolError,
+    ResponseTrailers,
     SendHttp,
 )
 from mitmproxy.proxy.layers.http._base import HttpCommand
@@ -49,6 +50,9 @@ Commands = Generator[commands.Command, Any, None]
 #: A refused upload is read on, so that the client gets to see the answer instead of a reset, up to here
 #: (nginx: ``lingering_close``).
 DISCARD_LIMIT_BYTES = 256 << 20
+
+#: What mitmproxy makes of a cancelled connect (``ConnectionHandler.open_connection``).
+CONNECT_CANCELLED = "connection cancelled"
 
 Phase = Literal["connect", "reset", "status", "first_line", "empty"]
 
@@ -145,6 +149,15 @@ class FleetStream(HttpStream):
                 )
         yield from super().state_consume_request_body(event)
 
+    def state_stream_request_body(self, event: HttpEvent) -> Commands:
+        """As the parent, but an answer that a hook has set in the end goes out in place of the node's."""
+        unanswered = self.flow.response is None
+        yield from super().state_stream_request_body(event)
+        waits = unanswered and self.server_state == self.state_wait_for_response_headers
+        if waits and self.flow.response is not None:
+            yield ForgetUpstream(self.context.server)
+            yield from self._answer(self.flow.response)
+
     def state_discard(self, event: HttpEvent) -> Commands:
         """The request was answered: read the rest of its body away, then the connection is free again."""
         if isinstance(event, RequestData):
@@ -169,8 +182,10 @@ class FleetStream(HttpStream):
             yield HttpResponseHeadersHook(self.flow)
         yield HttpResponseHook(self.flow)
         self.server_state = self.state_done
+        self._forget_late_words()
         if (yield from self.check_killed(False)):
             return
+        response = self.flow.response or response  # a hook that failed has put another in its place
         content = response.raw_content
         yield SendHttp(ResponseHeaders(self.stream_id, response, not content), self.context.client)
         if content:
@@ -186,6 +201,8 @@ class FleetStream(HttpStream):
         self.flow.response = stream.head
         stream.head.timestamp_start = time()
         yield HttpResponseHeadersHook(self.flow)
+        if self.flow.response is not stream.head:
+            return (yield from self._answer(self.flow.response, seen=True))
         self.server_state = self.state_done
         yield SendHttp(ResponseHeaders(self.stream_id, stream.head, False), self.context.client)
         while True:
@@ -236,8 +253,15 @@ class FleetStream(HttpStream):
             if not (yield from self._ask(failure)):
                 return False
             if not failure.retry:
-                yield from self._answer(_final(failure))
+                yield from self._answer(final_answer(failure))
                 return False
+
+    def _forget_late_words(self) -> None:
+        """Drop what a forgotten upstream had said, which waits its turn while a hook takes its time."""
+        waiting = self._paused_event_queue
+        still = [event for event in waiting if not isinstance(event, _FROM_UPSTREAM)]
+        waiting.clear()
+        waiting.extend(still)
 
     def _ask(self, failure: Failure) -> Generator[commands.Command, Any, bool]:
         """Ask the policy about ``failure``. Returns False if the client has left meanwhile."""
@@ -249,12 +273,13 @@ class FleetStream(HttpStream):
         self._held.clear()
         self.response_body_buf.clear()
         if not failure.retry:
-            yield from self._answer(_final(failure))
+            yield from self._answer(final_answer(failure))
             return
         self.flow.response = self.flow.error = None
         self.server_state = self.state_wait_for_response_headers
         if not (yield from self.make_server_connection()):
             return
+        self._forget_late_words()
         content = self.flow.request.raw_content
         yield SendHttp(RequestHeaders(self.stream_id, self.flow.request, not content), self.context.server)
         if content:
@@ -302,23 +327,27 @@ class FleetStream(HttpStream):
             yield from self._settle(failure)
 
     def send_response(self, already_streamed: bool = False) -> Commands:
-        """As the parent, but a node's complete error answer is first shown to the policy."""
-        assert self.flow.response
-        status = self.flow.response.status_code
-        if (
-            not already_streamed
-            and status >= 400
-            and self.server_state == self.state_consume_response_body
-            and self._replayable_request()
-        ):
-            text = self.flow.response.get_text(strict=False) or ""
-            failure = Failure(self.flow, "status", text, status)
+        """As the parent, but a node's complete error or empty answer is first shown to the policy."""
+        mine = self.server_state == self.state_consume_response_body and self._replayable_request()
+        failure = self._failed_whole() if mine and not already_streamed else None
+        if failure is not None:
             if not (yield from self._ask(failure)):
                 return
             if failure.retry or failure.response is not None:
                 yield from self._settle(failure)
                 return
         yield from super().send_response(already_streamed)
+
+    def _failed_whole(self) -> Failure | None:
+        """What the policy should know of a complete answer that was not streamed."""
+        response = self.flow.response
+        assert response
+        if response.status_code >= 400:
+            return Failure(self.flow, "status", response.get_text(strict=False) or "", response.status_code)
+        verdict, detail = relay.judge(self.flow, response.raw_content or b"", ended=True)
+        if verdict in ("wait", "release"):
+            return None
+        return Failure(self.flow, verdict, detail, status=500)
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> Commands:
         """A node that dies: try another, or end the answer so that the client can tell."""
@@ -376,7 +405,8 @@ class FleetStream(HttpStream):
         yield HttpErrorHook(self.flow)
         self.server_state = self.state_done
         self.flow.live = False
-        yield SendHttp(ResponseData(self.stream_id, tail), self.context.client)
+        if tail:
+            yield SendHttp(ResponseData(self.stream_id, tail), self.context.client)
         yield DropStream(self.stream_id)
         yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
 
@@ -389,13 +419,21 @@ class FleetStream(HttpStream):
         yield from super().handle_event(event)
 
 
-def _final(failure: Failure) -> http.Response:
+def final_answer(failure: Failure) -> http.Response:
     """The client's answer to a failure that is not retried; a policy that gave none has failed itself."""
     if failure.response is not None:
         return failure.response
     rec = record.of(failure.flow)
     return errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
 
+
+_FROM_UPSTREAM = (
+    ResponseHeaders,
+    ResponseData,
+    ResponseTrailers,
+    ResponseEndOfMessage,
+    ResponseProtocolError,
+)
 
 #: Upstream connections that have carried a request: a reset on one of them says nothing about the node,
 #: which may just have closed an idle connection.

@@ -7,8 +7,7 @@ every flow event is followed by an ``update`` event that nobody here listens to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from inspect import isawaitable
 from typing import Any
 
@@ -17,15 +16,13 @@ from mitmproxy.addonmanager import AddonManager
 
 log = logging.getLogger(__name__)
 
-_FIELDS: dict[type[hooks.Hook], tuple[str, ...]] = {}
-
 
 class LeanAddons(AddonManager):
     """Triggers events through a table of hooks, made anew whenever an addon comes or goes."""
 
     def __init__(self, master: Any) -> None:
         super().__init__(master)  # type: ignore[no-untyped-call]
-        self._table: dict[str, list[Callable[..., Any]]] = {}
+        self._table: dict[type[hooks.Hook], list[Callable[..., Any]]] = {}
 
     def register(self, addon: Any) -> Any:
         """As the parent."""
@@ -43,17 +40,24 @@ class LeanAddons(AddonManager):
 
     async def trigger_event(self, event: hooks.Hook) -> None:
         """As the parent: every hook in the chain's order; what one raises is logged, the others go on."""
-        found = self._table.get(event.name)
+        found = self._table.get(type(event))
         if found is None:
-            found = self._table[event.name] = [
-                hook for addon in self.chain for _, hook in self._iter_hooks(addon, event)
-            ]
-        if not found:
-            return
-        names = _FIELDS.get(type(event))
-        if names is None:
-            names = _FIELDS[type(event)] = tuple(field.name for field in fields(event))  # type: ignore[arg-type]
-        arguments = [getattr(event, name) for name in names]
+            found = self._table[type(event)] = self._find(event)
+        if found:
+            await self._run(found, event.name, event.args())
+
+    async def run(self, event: type[hooks.Hook], argument: object) -> None:
+        """As :meth:`trigger_event` for an event of one argument, which need not be made if none listens."""
+        found = self._table.get(event)
+        if found is None:
+            found = self._table[event] = self._find(event(argument))
+        if found:
+            await self._run(found, event.name, (argument,))
+
+    def _find(self, event: hooks.Hook) -> list[Callable[..., Any]]:
+        return [hook for addon in self.chain for _, hook in self._iter_hooks(addon, event)]
+
+    async def _run(self, found: list[Callable[..., Any]], name: str, arguments: Sequence[Any]) -> None:
         for hook in found:
             try:
                 result = hook(*arguments)
@@ -64,4 +68,4 @@ class LeanAddons(AddonManager):
             except exceptions.OptionsError:
                 raise
             except Exception:  # the outermost boundary of a hook; ours end before (protect.py)
-                log.exception("the hook %s of an addon failed", event.name)
+                log.exception("the hook %s of an addon failed", name)

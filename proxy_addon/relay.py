@@ -60,7 +60,10 @@ def judge_start(framing: Framing, held: bytes | bytearray, ended: bool) -> tuple
     ``first_line`` with the node's sentence for a stream that begins with an error.
     """
     if framing == "whole":
-        return ("release", "") if ended or len(held) > HOLD_WHOLE_BYTES else ("wait", "")
+        if not ended:
+            return ("release", "") if len(held) > HOLD_WHOLE_BYTES else ("wait", "")
+        # A Content-Length that is too small looks like an end; every whole answer is one object.
+        return ("release", "") if held[-8:].rstrip().endswith(b"}") else ("empty", "its answer is not whole")
     separator = _SEPARATOR.get(framing)
     if separator is None:
         return ("release", "") if held or ended else ("wait", "")
@@ -97,13 +100,17 @@ def judge(flow: http.HTTPFlow, held: bytes | bytearray, ended: bool) -> tuple[Ve
     framing = framing_of(response)
     if framing == "whole" and rec.ask is not None and rec.ask.stream:
         framing = "ndjson" if rec.protocol == "native" else "opaque"
+    if "content-encoding" in response.headers:
+        framing = "opaque"  # as it is, nothing of it can be read
     return judge_start(framing, held, ended)
 
 
 class Tee:
     """What mitmproxy calls with every piece of a streamed answer, and with ``b""`` at its end."""
 
-    __slots__ = ("_annotate", "_end", "_last", "_now", "_partial", "_rec", "_separator", "dirty")
+    __slots__ = (
+        "_annotate", "_end", "_last", "_now", "_partial", "_rec", "_separator", "_whole_chunk", "dirty",
+    )  # fmt: skip
 
     def __init__(
         self, rec: record.Record, framing: Framing, now: Callable[[], float], annotate: bool = False
@@ -112,6 +119,7 @@ class Tee:
         self._rec = rec
         self._separator = _SEPARATOR.get(framing) if rec.ask is not None and rec.ask.stream else None
         self._end = END.get(rec.endpoint.path) if rec.endpoint and self._separator else None
+        self._whole_chunk = (self._separator or b"") + b"\r\n"  # how a chunk of whole lines ends
         self._partial = b""
         self._last: deque[bytes] = deque(maxlen=4)
         self._now = now
@@ -121,12 +129,7 @@ class Tee:
         """Returns what the client is sent now; nothing is ``()``, for an empty chunk would end the body."""
         if not data:
             return self._finish()
-        rec = self._rec
-        rec.last_byte_s = now_s = self._now()
-        if rec.first_byte_s is None:
-            rec.first_byte_s = now_s
-            if rec.flight is not None:
-                rec.flight.answered(now_s)
+        now_s = self._came()
         separator = self._separator
         if separator is not None and (self._partial or self.dirty or not data.endswith(separator)):
             data = self._whole_lines(self._partial + data, separator)
@@ -134,6 +137,26 @@ class Tee:
                 return ()
         self._last.append(data)
         return self._annotated(data, now_s) if self._annotate else data
+
+    def passes(self, chunks: bytes) -> bool:
+        """Whether ``chunks``, whole ones of a chunked body with their framing, may go out as they are.
+
+        Then they count as sent; if not, their payload has to come through a call.
+        """
+        if self._partial or self.dirty or self._annotate or not chunks.endswith(self._whole_chunk):
+            return False
+        self._came()
+        self._last.append(chunks)
+        return True
+
+    def _came(self) -> float:
+        rec = self._rec
+        rec.last_byte_s = now_s = self._now()
+        if rec.first_byte_s is None:
+            rec.first_byte_s = now_s
+            if rec.flight is not None:
+                rec.flight.answered(now_s)
+        return now_s
 
     def _annotated(self, data: bytes, now_s: float) -> bytes:
         if self._separator is None:
@@ -157,14 +180,22 @@ class Tee:
     def _finish(self) -> bytes:
         """The stream ended cleanly: say so if its final object is missing."""
         rest, self._partial = self._partial, b""
+        torn = bool(rest) and not rest.rstrip().endswith((b"}", b"[DONE]"))
+        if torn:
+            rest = b""  # half an object, which has no separator because it has no end
         if rest:
             self._last.append(rest)
         tail = self.tail
         self._rec.stats = read_stats(tail)
-        if self._end is not None and not self._end.search(tail):
+        if self._end is not None and (torn or not self._end.search(tail)):
             self._rec.outcome = "cut"
             return rest + self.cut("the node ended its answer before the final object")
         return rest
+
+    @property
+    def complete(self) -> bool:
+        """The final object has gone out."""
+        return self._end is not None and self._end.search(self.tail) is not None
 
     @property
     def tail(self) -> bytes:
@@ -195,6 +226,9 @@ def cut(flow: http.HTTPFlow, reason: str) -> bytes | None:
         return None
     if rec.ask is None or not rec.ask.stream:
         return None
+    if response.stream.complete:  # nothing is missing but the mark of the body's end
+        rec.outcome, rec.stats = "ok", read_stats(response.stream.tail)
+        return b""
     node = rec.attempts[-1].node if rec.attempts else "the node"
     return response.stream.cut(f"{node} failed in mid-answer: {rec.abort_reason or reason}")
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from mitmproxy import ctx, http
-from mitmproxy.connection import Client, Server
+from mitmproxy import http
+from mitmproxy.connection import Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
-from proxy_addon import record
+from proxy_addon import record, wire
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import Handling
 from proxy_addon.fleet.node import Node
 from proxy_addon.http_stream import Failure
 from proxy_addon.record import Record
+from proxy_addon.settings import Settings
 from proxy_addon.settings import Timeouts as Limits
 
 ESTIMATE_ROOM = 3.0  #: a prefill or decode may take so many times what was expected
@@ -56,6 +57,13 @@ class Timeouts:
         self._timers: dict[str, asyncio.TimerHandle] = {}  # by id of the flow
         dispatch.fleet.on_lost.append(self._node_lost)
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Other limits for requests that come from now on."""
+        self.limits = settings.timeouts
+
+    def _limits(self, rec: Record) -> Limits:
+        return self.limits if rec.settings is None else rec.settings.timeouts
+
     # -- connect --------------------------------------------------------------------------------------
 
     def server_connect(self, data: ServerConnectionHookData) -> None:
@@ -66,7 +74,7 @@ class Timeouts:
             return
         loop = asyncio.get_running_loop()
         self._connecting[data.server.id] = loop.call_later(
-            self.limits.connect_s, _cancel_connect, data.client, data.server
+            self.limits.connect_s, wire.cancel_connect, data.client, data.server
         )
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
@@ -103,7 +111,7 @@ class Timeouts:
             return
         if rec.endpoint.handling in (Handling.STICKY, Handling.PIN):
             return  # a create or a push may work silently for as long as it takes
-        limit_s = first_byte_limit_s(self.limits, rec)
+        limit_s = first_byte_limit_s(self._limits(rec), rec)
         self._arm(flow, limit_s, self._first_byte_due, f"no answer within {limit_s:g} s")
 
     def _first_byte_due(self, flow: http.HTTPFlow, reason: str) -> None:
@@ -117,17 +125,18 @@ class Timeouts:
         self._disarm(flow)
         if rec is not None and rec.placed and flow.live:
             rec.last_byte_s = self.dispatch.now()
-            self._arm(flow, self.limits.idle_s, self._idle, "")
+            self._arm(flow, self._limits(rec).idle_s, self._idle, "")
 
     def _idle(self, flow: http.HTTPFlow, _: str) -> None:
         rec = record.of(flow)
         if rec is None:
             return
         lost = rec.node is not None and rec.node.poll_error is not None
-        limit_s = min(LOST_IDLE_S, self.limits.idle_s) if lost else self.limits.idle_s
+        idle_s = self._limits(rec).idle_s
+        limit_s = min(LOST_IDLE_S, idle_s) if lost else idle_s
         silent_s = self.dispatch.now() - (rec.last_byte_s or 0.0)
-        if silent_s >= limit_s and _stalls(flow.client_conn):
-            _hang_up(flow.client_conn)  # nothing came because nothing could go: the node is not to blame
+        if silent_s >= limit_s and wire.stalls(flow):
+            wire.hang_up(flow)  # nothing came because nothing could go: the node is not to blame
         elif silent_s >= limit_s:
             self.abort(flow, f"nothing came for {silent_s:.0f} s")
         else:
@@ -141,6 +150,10 @@ class Timeouts:
         """Over, badly."""
         self._disarm(flow)
 
+    def let_go(self, flow: http.HTTPFlow) -> None:
+        """Over, and it could not be said."""
+        self._disarm(flow)
+
     def _arm(
         self, flow: http.HTTPFlow, delay_s: float, due: Callable[[http.HTTPFlow, str], None], reason: str
     ) -> None:
@@ -150,10 +163,6 @@ class Timeouts:
         timer = self._timers.pop(flow.id, None)
         if timer is not None:
             timer.cancel()
-    def let_go(self, flow: http.HTTPFlow) -> None:
-        """Over, and it could not be said."""
-        self._disarm(flow)
-
 
     # -- ending an attempt ----------------------------------------------------------------------------
 
@@ -174,8 +183,9 @@ class Timeouts:
                 self.abort(flow, reason)
 
     def abort_all(self, reason: str) -> None:
-        """End every attempt under way, and place none of them anew."""
+        """End every attempt under way, place none of them anew, and refuse who waits for a place."""
         self.dispatch.closing = True
+        self.dispatch.admission.close()
         for flows in list(self.dispatch.in_flight.values()):
             for flow in list(flows):
                 self.abort(flow, reason)
@@ -185,52 +195,12 @@ class Timeouts:
         rec = record.of(flow)
         if rec is not None:
             rec.abort_reason = reason
-        _break_off(flow)
+        wire.break_off(flow)
 
     def take_back(self, flow: http.HTTPFlow, reason: str) -> bool:
         """As :meth:`abort`, but harmless where there is no connection yet; whether there was one."""
         rec = record.of(flow)
-        if rec is None or not flow.server_conn.connected or not _break_off(flow):
+        if rec is None or not flow.server_conn.connected or not wire.break_off(flow):
             return False
         rec.abort_reason = reason
         return True
-
-
-#: What mitmproxy makes of a cancelled connect (``ConnectionHandler.open_connection``).
-CONNECT_CANCELLED = "connection cancelled"
-
-
-def _handler(client: Client):  # type: ignore[no-untyped-def]  # mitmproxy's ProxyConnectionHandler
-    return ctx.master.addons.get("proxyserver").connections.get(client.id)
-
-
-def _break_off(flow: http.HTTPFlow) -> bool:
-    handler = _handler(flow.client_conn)
-    io = handler.transports.get(flow.server_conn) if handler is not None else None
-    if io is None or io.writer is None:
-        return False
-    io.writer.transport.abort()
-    return True
-
-
-def _stalls(client: Client) -> bool:
-    """Whether the client does not take what it is sent, so that its node is read no further either."""
-    handler = _handler(client)
-    io = handler.transports.get(client) if handler is not None else None
-    return bool(io and io.writer and io.writer.transport.get_write_buffer_size())
-
-
-def _hang_up(client: Client) -> None:
-    """End a client's connection as if it had left."""
-    handler = _handler(client)
-    io = handler.transports.get(client) if handler is not None else None
-    if io is not None and io.writer is not None:
-        io.writer.transport.abort()
-
-
-def _cancel_connect(client: Client, server: Server) -> None:
-    """End a connect that takes too long: mitmproxy then reports it as failed."""
-    handler = _handler(client)
-    io = handler.transports.get(server) if handler is not None else None
-    if io is not None and io.handler is not None and io.writer is None:
-        io.handler.cancel()

@@ -10,6 +10,8 @@ import re
 
 #: A size is at most 15 hex digits (an exabyte), an extension at most as long as a line may be.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+#: What may become a size.
+_BEGUN_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?)?\r?\Z")
 LONGEST_LINE = 4096  #: of a chunk's size with its extensions
 LONGEST_TRAILERS = 8192
 _CRLF = b"\r\n"
@@ -32,23 +34,34 @@ class Chunked:
         self.ended = False
         self.rest = b""
 
-    def passes(self, data: bytes) -> bool:
-        """Whether ``data`` is whole chunks and nothing else, and the body goes on behind them.
+    @property
+    def between(self) -> bool:
+        """Whether everything that was fed has ended with a chunk, and the body goes on behind it."""
+        return not (self._left or self._held or self._in_trailers or self.ended)
 
-        Then they may be passed on as they are. If not, nothing has changed, and :meth:`feed` has to read it.
+    def whole(self, data: bytes) -> int:
+        """How many of the first bytes of ``data``, fed :attr:`between` two chunks, are whole chunks.
+
+        These may be passed on as they are and need not be fed; the last one of a body is not among them.
         """
-        if self._left or self._held or self._in_trailers:
-            return False
         at, length = 0, len(data)
         while at < length:
             size = _SIZE.match(data, at)
             if size is None:
-                return False
+                break
             payload = int(size[1], 16)
-            at = size.end() + payload + 2
-            if not payload or data[at - 2 : at] != _CRLF:
-                return False
-        return at == length
+            after = size.end() + payload + 2
+            if not payload or after > length or data[after - 2 : after] != _CRLF:
+                break
+            at = after
+        return at
+
+    def awaits(self, data: bytes) -> bool:
+        """Whether ``data`` is the beginning of a chunk with a payload, of which more is to come."""
+        size = _SIZE.match(data)
+        if size is None:
+            return not data.startswith(b"0") and _BEGUN_SIZE.match(data) is not None
+        return int(size[1], 16) > 0 and len(data) < size.end() + int(size[1], 16) + 2
 
     def feed(self, data: bytes) -> bytes:
         """The payload in ``data``. Raises FramingError if it is not chunked."""
@@ -93,9 +106,6 @@ class Chunked:
             raise FramingError("the connection ended before the last chunk")
 
 
-_BEGUN_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?)?\r?\Z")
-
-
 def _must_be_begun(data: bytes, at: int) -> None:
     if len(data) - at > LONGEST_LINE or not _BEGUN_SIZE.match(data, at):
         raise FramingError("the size of a chunk is not a number")
@@ -121,10 +131,10 @@ def _trailers_end(data: bytes, at: int) -> int | None:
 class Length:
     """Follows a body of ``length`` bytes."""
 
-    __slots__ = ("_left", "ended", "rest")
+    __slots__ = ("_left", "ended", "rest", "total")
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.total = self._left = length
         self.ended = not length
         self.rest = b""
 

@@ -24,10 +24,13 @@ _STATUS_LINE = re.compile(rb"(HTTP/1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 _NUMBER = re.compile(rb"(?:0|[1-9][0-9]{0,17})\Z")
 
-#: Of one connection, not of the message: never passed on (RFC 9110 §7.6.1).
-HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"transfer-encoding")
-)
+#: Of one connection, not of the message (RFC 9110 §7.6.1), and of a framing that is made anew.
+NOT_PASSED_ON = frozenset(
+    (
+        b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade",
+        b"transfer-encoding", b"content-length", b"expect",
+    )
+)  # fmt: skip
 
 Fields = tuple[tuple[bytes, bytes], ...]
 
@@ -49,6 +52,16 @@ class AnswerHead:
     response: http.Response
     follower: Follower
     keep_alive: bool
+
+
+_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"OPTIONS ")
+
+
+def may_become_plain(begun: bytes) -> bool:
+    """Whether :func:`read_request` may yet know a head that begins with ``begun``."""
+    if b"\n\n" in begun or b"\n\r\n" in begun:
+        return False  # an empty line has come, but not as it should
+    return any(begun.startswith(method) or method.startswith(begun) for method in _METHODS)
 
 
 def read_request(head: bytes) -> RequestHead | None:
@@ -151,38 +164,37 @@ def _read_unusual_answer(head: bytes, method: str) -> AnswerHead:
     return AnswerHead(response, follower, keep_alive=False)
 
 
-def request_bytes(request: http.Request) -> bytes:
-    """The head of ``request`` for a node: without what was said of the client's connection."""
+def request_bytes(request: http.Request, length: int | None) -> bytes:
+    """The head of ``request`` for a node, with a body of ``length`` bytes, or in chunks if that is None."""
     data = request.data
-    named = _named_by_connection(data.headers.fields)
-    lines = [
-        b"%b: %b\r\n" % field
-        for field in data.headers.fields
-        if (lower := field[0].lower()) == b"transfer-encoding" or not (lower in HOP_BY_HOP or lower in named)
-    ]
-    return b"%b %b HTTP/1.1\r\n%b\r\n" % (data.method, data.path, b"".join(lines))
+    framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %d\r\n" % length
+    if not length and data.method in (b"GET", b"HEAD", b"OPTIONS", b"DELETE"):
+        framing = b""
+    return b"%b %b HTTP/1.1\r\n%b%b\r\n" % (data.method, data.path, _passed_on(data.headers.fields), framing)
 
 
-def answer_bytes(response: http.Response, chunked: bool, close: bool) -> bytes:
+def answer_bytes(response: http.Response, *, chunked: bool, close: bool) -> bytes:
     """The head of ``response`` for the client, with its framing and the fate of the connection."""
     data = response.data
-    named = _named_by_connection(data.headers.fields)
-    lines = [
-        b"%b: %b\r\n" % field
-        for field in data.headers.fields
-        if not ((lower := field[0].lower()) in HOP_BY_HOP or lower in named)
-        and not (chunked and lower == b"content-length")
-    ]
-    if chunked:
-        lines.append(b"transfer-encoding: chunked\r\n")
+    framing = b"transfer-encoding: chunked\r\n" if chunked else b""
+    if not chunked and (length := data.headers.get("content-length")) is not None:
+        framing = b"content-length: %b\r\n" % length.encode()
     if close:
-        lines.append(b"connection: close\r\n")
-    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (data.status_code, data.reason, b"".join(lines))
+        framing += b"connection: close\r\n"
+    fields = _passed_on(data.headers.fields)
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (data.status_code, data.reason, fields, framing)
 
 
-def _named_by_connection(fields: Fields) -> tuple[bytes, ...]:
+def _passed_on(fields: Fields) -> bytes:
+    """The lines of ``fields`` but those that speak of the connection or of the framing."""
+    kept = []
+    named: tuple[bytes, ...] = ()
     for name, value in fields:
-        if len(name) == 10 and name.lower() == b"connection":
-            names = tuple(part.strip() for part in value.lower().split(b","))
-            return () if names in ((b"keep-alive",), (b"close",)) else names
-    return ()
+        lower = name.lower()
+        if lower not in NOT_PASSED_ON:
+            kept.append((lower, b"%b: %b\r\n" % (name, value)))
+        elif lower == b"connection":
+            named += tuple(part.strip() for part in value.lower().split(b","))
+    return b"".join(
+        [line for lower, line in kept if lower not in named] if named else [line for _, line in kept]
+    )

@@ -1,0 +1,332 @@
+"""A client's connection: heads are cut out, bodies are read on request, the slow and the idle have limits.
+
+One request is under way at a time; what comes behind it waits here, up to a limit, then the client is read no
+further. Limits are timers that are set only where something is missing, never for a request that comes whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mitmproxy.connection import Client, ConnectionState
+
+from proxy_addon import errors
+from proxy_addon.lane.framing import Chunked, Follower, FramingError, Length
+from proxy_addon.lane.head import END, answer_bytes, may_become_plain, read_request
+from proxy_addon.lane.upstream import ClientLeft
+
+if TYPE_CHECKING:
+    from proxy_addon.lane.exchange import Exchange
+    from proxy_addon.lane.front import Front
+
+READ_AHEAD_BYTES = 64 << 10  #: of requests behind the one under way
+HIGH_WATER_BYTES = 64 << 10  #: of an answer in our own buffer; then its node is read no further
+#: A body that nobody wants is read on, so that the client gets to see the answer instead of a reset, up to
+#: here (nginx: ``lingering_close``).
+DISCARD_LIMIT_BYTES = 256 << 20
+
+
+class BadBody(Exception):
+    """The request's body cannot be read on: ``status`` and the sentence are the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client. ``front`` owns it."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.transport: asyncio.Transport
+        self.client: Client
+        self.left = False  #: gone, or hung up on
+        self.closing = False  #: nothing is read after the answer under way
+        self._exchange: Exchange | None = None
+        self._buffer = b""
+        self._paused = False
+        self._full = False  # the client does not take what it is sent
+        self._drained: asyncio.Future[None] | None = None
+        self._follower: Follower | None = None  # of the body under way, until it has ended
+        self._take: Callable[[bytes], None] | None = None  # what reads it
+        self._body: asyncio.Future[None] | None = None  # done at its end
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- what the loop calls --------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.transport = transport
+        self.client = self.front.client_of(transport)
+        self.front.opened(self)
+        self._idle()
+
+    def data_received(self, data: bytes) -> None:
+        """A request, more of one, or the next one."""
+        if self._take is not None:
+            self._fed(data)
+            return
+        self._buffer = self._buffer + data if self._buffer else data
+        if self._exchange is None:
+            self._next()
+        elif len(self._buffer) > READ_AHEAD_BYTES:
+            self.pause()
+
+    def eof_received(self) -> None:
+        """A client that ends its side counts as gone, as with nginx; the transport closes by itself."""
+        return
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left, or was hung up on."""
+        self.left = True
+        self.client.state = ConnectionState.CLOSED
+        self._disarm()
+        self.front.closed(self)
+        for waiter in (self._body, self._drained):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(ClientLeft())
+        if self._exchange is not None:
+            self._exchange.client_left()
+
+    def pause_writing(self) -> None:
+        """The client does not take what it is sent."""
+        self._full = True
+        if self._exchange is not None:
+            self._exchange.hold_node(True)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._full = False
+        if self._exchange is not None:
+            self._exchange.hold_node(False)
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self._exchange is None:
+            self._soon()
+
+    # -- requests -------------------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        """Begin the next request, if its head has come."""
+        if self._exchange is not None or self.left or self._full or not self._buffer:
+            return
+        end = self._buffer.find(END)
+        settings = self.front.settings
+        if (end if end >= 0 else len(self._buffer)) > settings.guard.head_limit_bytes:
+            limit = settings.guard.head_limit_bytes
+            self.refuse(431, f"the request's line and headers are larger than {limit} bytes")
+            return
+        if end < 0:
+            if not may_become_plain(self._buffer):
+                self._hand_over()
+            elif self.front.busy(self):
+                self._arm(settings.timeouts.head_s, self._too_slow)
+            return
+        self._disarm()
+        head = read_request(self._buffer[: end + 4])
+        if head is None:
+            self._hand_over()
+            return
+        self._buffer = self._buffer[end + 4 :]
+        self.front.busy(self)
+        self._follower = (
+            None if head.length == 0 else Chunked() if head.length is None else Length(head.length)
+        )
+        self._exchange = self.front.exchange(self, head)
+        self._exchange.start()
+
+    def finished(self, *, keep: bool) -> None:
+        """The request under way is over, and its body has been read if ``keep``."""
+        self._exchange = None
+        if not keep or self.closing or self._follower is not None:
+            self.close()
+            return
+        if self.left:
+            return
+        self._idle()
+        if self._buffer:
+            self._soon()
+        else:
+            self.resume()
+
+    def _soon(self) -> None:
+        # Not at once: a thousand requests in one packet must neither nest nor keep the others waiting.
+        asyncio.get_running_loop().call_soon(self._next)
+
+    def _hand_over(self) -> None:
+        """Let mitmproxy's layers have the connection, from this request on."""
+        self._disarm()
+        self.front.hand_over(self, self._buffer)
+
+    def refuse(self, status: int, sentence: str) -> None:
+        """Answer what never became a request, and close."""
+        answer = errors.response("native", status, sentence)
+        self.write(answer_bytes(answer, chunked=False, close=True) + (answer.raw_content or b""))
+        self._buffer = b""
+        self.close()
+
+    # -- bodies ---------------------------------------------------------------------------------------
+
+    async def body(self, limit_bytes: int | None) -> bytes:
+        """The whole body of the request under way.
+
+        Raises:
+            BadBody: it is larger than ``limit_bytes``, too slow, or its framing is broken.
+            ClientLeft: the client has gone.
+        """
+        pieces: list[bytes] = []
+        size = 0
+
+        def collect(data: bytes) -> None:
+            nonlocal size
+            size += len(data)
+            if limit_bytes is not None and size > limit_bytes:
+                raise BadBody(413, f"the request body is larger than the limit of {limit_bytes} bytes")
+            pieces.append(data)
+
+        await self.read(collect)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def read(self, take: Callable[[bytes], None]) -> None:
+        """Give the body of the request under way to ``take`` as it comes, to its end.
+
+        Raises:
+            BadBody: it is too slow, its framing is broken, or ``take`` raised it.
+            ClientLeft: the client has gone.
+        """
+        if self._follower is None:
+            return
+        self._body = asyncio.get_running_loop().create_future()
+        self._take = take
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._fed(data)
+        try:
+            if not self._body.done():
+                if self.left:
+                    raise ClientLeft
+                self._arm(self.front.settings.timeouts.body_s, self._body_too_slow)
+                self.resume()
+            await self._body
+        finally:
+            self._take = self._body = None
+
+    async def discard(self) -> bool:
+        """Read the rest of the body away; whether it has ended, so that the connection can be kept."""
+        left = DISCARD_LIMIT_BYTES
+
+        def drop(data: bytes) -> None:
+            nonlocal left
+            left -= len(data)
+            if left < 0:
+                raise BadBody(413, "the request body is too large to be read away")
+
+        try:
+            await self.read(drop)
+        except (BadBody, ClientLeft):
+            return False
+        return True
+
+    def _fed(self, data: bytes) -> None:
+        """Some of the body has come."""
+        follower, take, body = self._follower, self._take, self._body
+        assert follower is not None and take is not None and body is not None
+        if body.done():
+            self._buffer += data
+            return
+        try:
+            payload = follower.feed(data)
+            if payload:
+                take(payload)
+        except FramingError as error:
+            self.closing = True  # nobody knows where the next request would begin
+            body.set_exception(BadBody(400, f"the request body is broken: {error}"))
+        except BadBody as error:
+            self._take = None
+            body.set_exception(error)
+        else:
+            if follower.ended:
+                self._follower, self._take, self._buffer = None, None, follower.rest
+                self._disarm()
+                body.set_result(None)
+            elif self._timer is not None:
+                self._arm(self.front.settings.timeouts.body_s, self._body_too_slow)
+
+    # -- answers --------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send ``data``, if the client is still there."""
+        if not self.left:
+            self.transport.write(data)
+
+    async def drained(self) -> None:
+        """Wait until the client takes more. Raises ClientLeft if it goes."""
+        if self.left:
+            raise ClientLeft
+        if self._full:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether some of the body of the request under way is still to be read."""
+        return self._follower is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client does not take what it is sent."""
+        return self._full
+
+    def close(self) -> None:
+        """Close once everything has been sent."""
+        self._disarm()
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        self.transport.abort()
+
+    def pause(self) -> None:
+        """Read no further."""
+        if not self._paused and not self.left:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._paused and not self.left:
+            self._paused = False
+            self.transport.resume_reading()
+
+    # -- limits ---------------------------------------------------------------------------------------
+
+    def _idle(self) -> None:
+        self.front.idle(self)
+        self.wait_anew()
+
+    def wait_anew(self) -> None:
+        """From now on it may be idle for as long as the front allows now."""
+        self._arm(self.front.idle_limit_s, self.close)
+
+    def _arm(self, delay_s: float, due: Callable[[], None]) -> None:
+        self._disarm()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, due)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self.refuse(408, f"no whole request within {self.front.settings.timeouts.head_s:g} s")
+
+    def _body_too_slow(self) -> None:
+        self.closing = True
+        if self._body is not None and not self._body.done():
+            limit_s = self.front.settings.timeouts.body_s
+            self._body.set_exception(BadBody(408, f"no more of the request body came within {limit_s:g} s"))

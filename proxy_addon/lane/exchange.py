@@ -1,0 +1,478 @@
+"""One request and its answer: from the first hook to the last, as one coroutine.
+
+The hooks and their order are mitmproxy's, and ours (``sollol_failure``, ``sollol_next_chunk``). What is held
+back and what may be replaced is :mod:`proxy_addon.relay`'s to say; what is done about a failure, the addons'.
+Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from time import time
+
+from mitmproxy import flow as mitm_flow
+from mitmproxy import hooks, http
+from mitmproxy.connection import Server
+from mitmproxy.proxy.layers.http import (
+    HttpErrorHook,
+    HttpRequestHeadersHook,
+    HttpRequestHook,
+    HttpResponseHeadersHook,
+    HttpResponseHook,
+)
+from mitmproxy.proxy.server_hooks import (
+    ServerConnectedHook,
+    ServerConnectErrorHook,
+    ServerConnectHook,
+    ServerConnectionHookData,
+)
+
+from proxy_addon import errors, record, relay
+from proxy_addon.http_stream import (
+    CONNECT_CANCELLED,
+    Failure,
+    NextChunk,
+    Phase,
+    SollolFailureHook,
+    SollolNextChunkHook,
+    final_answer,
+)
+from proxy_addon.lane.client import BadBody, ClientConnection
+from proxy_addon.lane.framing import END, Length, UntilClose, chunk
+from proxy_addon.lane.head import AnswerHead, RequestHead, answer_bytes, request_bytes
+from proxy_addon.lane.pool import Pool
+from proxy_addon.lane.splice import Splice
+from proxy_addon.lane.upstream import ClientLeft, Lost, Upstream
+from proxy_addon.lean_addons import LeanAddons
+
+log = logging.getLogger(__name__)
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LEFT = "client disconnected"
+ONE_SEND_BYTES = 64 << 10  #: a head and a body of up to so much are joined for one send
+NOWHERE = Server(address=None)  #: of a request that has not been given a node yet
+
+
+class LaneFlow(http.HTTPFlow):
+    """A flow that an exchange carries."""
+
+    exchange: Exchange
+
+
+LaneFlow.type = "http"  # which mitmproxy derives from the name of the class
+
+
+class Exchange:
+    """The life of one request on ``client``."""
+
+    def __init__(
+        self,
+        client: ClientConnection,
+        head: RequestHead,
+        addons: LeanAddons,
+        pool: Pool,
+        connect_limit_s: Callable[[], float],
+    ) -> None:
+        self.client = client
+        self.flow = flow = LaneFlow(client.client, NOWHERE, live=True)
+        flow.request = head.request
+        flow.exchange = self
+        self._head = head
+        self._addons = addons
+        self._pool = pool
+        self._connect_limit_s = connect_limit_s
+        self._upstream: Upstream | None = None
+        self._splice: Splice | None = None
+        self._begun = False  # the client has been sent some of an answer
+        self._over = False  # the last hook has had its turn
+        self._keep = head.keep_alive
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin. Most hooks never wait, so that most requests are on their way when this returns."""
+        self._task = asyncio.Task(self._run(), loop=asyncio.get_running_loop(), eager_start=True)
+
+    # -- told from outside ----------------------------------------------------------------------------
+
+    def client_left(self) -> None:
+        """Whoever waits for this client's sake stops."""
+        rec = record.of(self.flow)
+        if rec is not None:
+            rec.client_left()
+        if self._splice is not None:
+            self._splice.interrupt()
+        elif self._upstream is not None:
+            self._upstream.interrupt()
+
+    def hold_node(self, hold: bool) -> None:
+        """Read the node no further, for the client does not keep up; or read it on."""
+        if self._upstream is None:
+            return
+        if hold:
+            self._upstream.pause()
+        else:
+            self._upstream.resume()
+
+    def break_off(self) -> bool:
+        """End the attempt under way as if its node had; whether there is one."""
+        if self._upstream is None:
+            return False
+        self._upstream.transport.abort()
+        return True
+
+    # -- the way --------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._request()
+        except ClientLeft:
+            await self._broken(LEFT)
+        except BadBody as bad:
+            await self._refuse(bad)
+        except Exception:  # the outermost boundary of a request, as protect.py is that of a hook
+            log.exception("a request failed outside of every hook")
+            await self._failed()
+        finally:
+            self._drop_upstream()
+            self.flow.live = False
+            if self._keep and self.client.is_sending:
+                # Who waits for a 100 Continue may or may not send its body now; nobody could tell which.
+                self._keep = not self._head.expects_continue and await self.client.discard()
+            self.client.finished(keep=self._keep)
+
+    async def _request(self) -> None:
+        flow, request = self.flow, self.flow.request
+        await self._hook(HttpRequestHeadersHook)
+        if flow.response is not None:
+            await self._answer(flow.response)
+            return
+        if self._head.expects_continue:
+            self._head.expects_continue = False
+            request.headers.pop("expect", None)
+            self.client.write(CONTINUE)
+        if request.stream:
+            await self._upload()
+            return
+        rec = record.of(flow)
+        request.data.content = await self.client.body(rec.body_limit_bytes if rec is not None else None)
+        request.data.timestamp_end = time()
+        await self._hook(HttpRequestHook)
+        if flow.response is not None:
+            await self._answer(flow.response)
+        elif rec is not None and rec.stream is not None:
+            await self._serve(rec.stream)
+        elif rec is None or not rec.placed:
+            # A hook has failed: without a placement the request must go nowhere.
+            await self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+        else:
+            while (upstream := await self._connected()) is not None:
+                self._send(upstream)
+                if await self._answered(upstream, upstream.head(request.method)):
+                    return
+
+    # -- attempts -------------------------------------------------------------------------------------
+
+    async def _connected(self, fresh: bool = False) -> Upstream | None:
+        """A connection to the chosen node, or to the next one; None where there is an answer instead.
+
+        ``fresh``: none that has been used, whose node may just have closed it.
+        """
+        request = self.flow.request
+        while True:
+            address = (request.host, request.port)
+            upstream = None if fresh else self._pool.take(address)
+            error = ""
+            if upstream is None:
+                upstream, error = await self._opened(address)
+            if upstream is not None:
+                self._upstream, self.flow.server_conn = upstream, upstream.server
+            if self.client.left:
+                raise ClientLeft
+            if upstream is not None:
+                return upstream
+            failure = Failure(self.flow, "connect", error)
+            await self._ask(failure)
+            if not failure.retry:
+                await self._answer(final_answer(failure))
+                return None
+
+    async def _opened(self, address: tuple[str, int]) -> tuple[Upstream | None, str]:
+        """A new connection to ``address``, or None and why there is none."""
+        data = ServerConnectionHookData(client=self.client.client, server=Server(address=address))
+        await self._addons.run(ServerConnectHook, data)
+        error = data.server.error or ""
+        if not error:
+            try:
+                upstream = await self._pool.connect(data.server, self._connect_limit_s())
+            except TimeoutError:
+                error = CONNECT_CANCELLED
+            except OSError as failed:
+                error = str(failed)
+            else:
+                await self._addons.run(ServerConnectedHook, data)
+                return upstream, ""
+        data.server.error = error
+        await self._addons.run(ServerConnectErrorHook, data)
+        return None, error
+
+    def _send(self, upstream: Upstream) -> None:
+        content = self.flow.request.raw_content or b""
+        head = request_bytes(self.flow.request, len(content))
+        if len(content) <= ONE_SEND_BYTES:
+            upstream.send(head + content)
+        else:
+            upstream.send(head)
+            upstream.send(content)
+
+    async def _failure(self, phase: Phase, detail: str, status: int | None = None) -> bool:
+        """The attempt has failed; whether the client has been answered, instead of another attempt."""
+        reused = self._upstream is not None and self._upstream.used
+        self._drop_upstream()
+        failure = Failure(
+            self.flow, phase, detail, status, reused=reused, replayable=not self.flow.request.stream
+        )
+        await self._ask(failure)
+        return await self._settled(failure)
+
+    async def _settled(self, failure: Failure) -> bool:
+        if not failure.retry:
+            await self._answer(final_answer(failure))
+            return True
+        self.flow.response = self.flow.error = None
+        return False
+
+    async def _ask(self, failure: Failure) -> None:
+        await self._addons.run(SollolFailureHook, failure)
+        if self.client.left:
+            raise ClientLeft
+
+    def _drop_upstream(self) -> None:
+        upstream, self._upstream, self._splice = self._upstream, None, None
+        if upstream is not None:
+            upstream.abort()
+
+    def _release_upstream(self) -> None:
+        upstream, self._upstream, self._splice = self._upstream, None, None
+        if upstream is not None:
+            self._pool.give(upstream)
+
+    # -- the node's answer ----------------------------------------------------------------------------
+
+    async def _answered(self, upstream: Upstream, head: Awaitable[AnswerHead]) -> bool:
+        """Pass on the node's answer; False where the request is to be sent once more."""
+        flow = self.flow
+        try:
+            came = (await head).response
+        except Lost as lost:
+            return await self._failure("reset", str(lost))
+        flow.response = came
+        await self._hook(HttpResponseHeadersHook)
+        response = flow.response
+        if response is not came:  # a hook has failed, or wants another answer
+            self._drop_upstream()
+            await self._answer(response, seen=True)
+            return True
+        if response.stream:
+            return await self._streamed(upstream, response)
+        content = bytearray()
+        try:
+            while not upstream.ended:
+                content += await upstream.payload()
+        except Lost as lost:
+            return await self._failure("reset", str(lost))
+        response.data.content = bytes(content)
+        response.data.timestamp_end = time()
+        if response.status_code >= 400 and not flow.request.stream:
+            text = response.get_text(strict=False) or ""
+            failure = Failure(flow, "status", text, response.status_code)
+            await self._ask(failure)
+            if failure.retry or failure.response is not None:
+                self._release_upstream()
+                return await self._settled(failure)
+        self._release_upstream()
+        await self._finish(HttpResponseHook)
+        self._write_whole(response)
+        return True
+
+    async def _streamed(self, upstream: Upstream, response: http.Response) -> bool:
+        """Hold back what can still be replaced, then pass on what comes."""
+        flow, held = self.flow, bytearray()
+        if not flow.request.stream:
+            try:
+                verdict, detail = await self._judged(upstream, held)
+            except Lost as lost:
+                return await self._failure("reset", str(lost))
+            if verdict in ("first_line", "empty"):
+                return await self._failure(verdict, detail, 500)
+        tee = response.stream
+        assert isinstance(tee, relay.Tee)
+        chunked = self._is_chunked(response, upstream)
+        self._begun = True
+        begin = answer_bytes(response, chunked=chunked, close=self._closes())
+        out = tee(bytes(held)) or b"" if held else b""
+        if not upstream.ended:
+            self.client.write(begin + (chunk(out) if chunked else out))
+            self._splice = Splice(upstream, self.client.write, tee, chunked=chunked)
+            self.hold_node(self.client.is_full)
+            try:
+                await self._splice.run()
+            except Lost as lost:
+                await self._cut(str(lost))
+                return True
+            begin = out = b""
+        out += tee(b"") or b""
+        self.client.write(begin + (chunk(out) + END if chunked else out))
+        self._release_upstream()
+        response.data.timestamp_end = time()
+        await self._finish(HttpResponseHook)
+        return True
+
+    async def _judged(self, upstream: Upstream, held: bytearray) -> tuple[relay.Verdict, str]:
+        while True:
+            held += await upstream.payload()
+            verdict, detail = relay.judge(self.flow, held, upstream.ended)
+            if verdict != "wait":
+                return verdict, detail
+
+    def _is_chunked(self, response: http.Response, upstream: Upstream) -> bool:
+        """Whether the client gets the body in chunks: where it has no length that is known."""
+        if isinstance(upstream.follower, Length) and upstream.ended and not upstream.follower.total:
+            return False  # the answer to a HEAD, a 204: its fields speak of another body
+        if isinstance(upstream.follower, UntilClose):
+            response.headers["transfer-encoding"] = "chunked"
+        return "transfer-encoding" in response.headers
+
+    async def _cut(self, reason: str) -> None:
+        """The answer has broken off: end it in its own protocol, or else with its connection."""
+        tail = relay.cut(self.flow, reason)
+        self._drop_upstream()
+        rec = record.of(self.flow)
+        await self._broken((rec and rec.abort_reason) or reason)
+        if tail is None:
+            self._keep = False
+        else:
+            self.client.write(chunk(tail) + END)
+
+    # -- uploads --------------------------------------------------------------------------------------
+
+    async def _upload(self) -> None:
+        """Pass on a body that is too large to hold, and the answer, which may come before its end."""
+        upstream = await self._connected(fresh=True)
+        if upstream is None:
+            return
+        request, chunked = self.flow.request, self._head.length is None
+        upstream.on_writable = self._read_client
+        upstream.send(request_bytes(request, self._head.length))
+        take = (lambda data: upstream.send(chunk(data))) if chunked else upstream.send
+        reading = asyncio.ensure_future(self.client.read(take))
+        head = asyncio.ensure_future(upstream.head(request.method))
+        try:
+            await asyncio.wait((reading, head), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+                request.data.timestamp_end = time()
+                await self._hook(HttpRequestHook)
+                if chunked:
+                    upstream.send(END)
+            await self._answered(upstream, head)
+        finally:
+            for task in (reading, head):
+                task.cancel()
+            await asyncio.gather(reading, head, return_exceptions=True)
+
+    def _read_client(self, go_on: bool) -> None:
+        if go_on:
+            self.client.resume()
+        else:
+            self.client.pause()
+
+    # -- answers of the proxy's own -------------------------------------------------------------------
+
+    async def _answer(self, response: http.Response, seen: bool = False) -> None:
+        """Send a whole answer. ``seen``: the ``responseheaders`` hooks have had their turn."""
+        self.flow.response = response
+        response.data.timestamp_start = response.data.timestamp_end = time()
+        if not seen:
+            await self._hook(HttpResponseHeadersHook)
+        await self._finish(HttpResponseHook)
+        self._write_whole(self.flow.response)
+
+    def _write_whole(self, response: http.Response) -> None:
+        content = response.raw_content or b""
+        bare = self.flow.request.method == "HEAD" or response.status_code in (204, 304)
+        if not bare:
+            response.headers["content-length"] = str(len(content))
+        self._begun = True
+        begin = answer_bytes(response, chunked=False, close=self._closes())
+        self.client.write(begin if bare else begin + content)
+
+    async def _serve(self, stream: record.Stream) -> None:
+        """Send an answer that comes piece by piece from ``stream``."""
+        self.flow.response = stream.head
+        stream.head.data.timestamp_start = time()
+        await self._hook(HttpResponseHeadersHook)
+        self._begun = True
+        self.client.write(answer_bytes(stream.head, chunked=True, close=self._closes()))
+        while True:
+            following = NextChunk(self.flow)
+            await self._addons.run(SollolNextChunkHook, following)
+            if self.client.left:
+                raise ClientLeft
+            if following.data is None:
+                break
+            self.client.write(chunk(following.data))
+            await self.client.drained()
+        stream.head.data.timestamp_end = time()
+        await self._finish(HttpResponseHook)
+        self.client.write(END)
+
+    async def _refuse(self, bad: BadBody) -> None:
+        rec = record.of(self.flow)
+        protocol, request_id = (rec.protocol, rec.id) if rec is not None else ("native", "")
+        await self._instead(errors.response(protocol, bad.status, str(bad), request_id=request_id))
+
+    async def _failed(self) -> None:
+        rec = record.of(self.flow)
+        if rec is not None:
+            rec.outcome = "failed"
+        await self._instead(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+
+    async def _instead(self, response: http.Response) -> None:
+        """Give ``response``, if the client has seen nothing else; if it has, all that is left is to close."""
+        self._drop_upstream()
+        if self._begun or self._over:
+            self._keep = False
+            await self._broken("the answer could not be finished")
+            return
+        try:
+            await self._answer(response)
+        except ClientLeft:
+            await self._broken(LEFT)
+
+    # -- hooks ----------------------------------------------------------------------------------------
+
+    async def _hook(self, event: type[hooks.Hook]) -> None:
+        """Run the hooks of ``event`` on the flow. Raises ClientLeft if the client has gone meanwhile."""
+        await self._addons.run(event, self.flow)
+        if self.client.left:
+            raise ClientLeft
+
+    async def _finish(self, event: type[hooks.Hook]) -> None:
+        """Run the last hooks, once."""
+        if not self._over:
+            self._over = True
+            self.flow.live = False
+            await self._addons.run(event, self.flow)
+
+    async def _broken(self, reason: str) -> None:
+        self._drop_upstream()
+        self.flow.error = mitm_flow.Error(reason)
+        await self._finish(HttpErrorHook)
+
+    def _closes(self) -> bool:
+        draining = self.client.front.draining
+        if self.client.closing or draining or (self.client.is_sending and self._head.expects_continue):
+            self._keep = False
+        return not self._keep

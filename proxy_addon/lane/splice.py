@@ -1,0 +1,102 @@
+"""A body on its way from a node to a client: followed to know its end, not parsed.
+
+What comes from the node in whole chunks that end whole lines goes out as it came, one send per receive. The
+rest (a line in pieces, a body with a length) goes through the :class:`~proxy_addon.relay.Tee`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from proxy_addon.lane.framing import Chunked, FramingError, chunk
+from proxy_addon.lane.upstream import ClientLeft, Lost, Upstream
+from proxy_addon.relay import HOLD_LINE_BYTES, Tee
+
+
+class Splice:
+    """The sink of one answer. :meth:`run` returns when its end, or what there is of it, has been written."""
+
+    __slots__ = ("_chunked", "_done", "_follower", "_held", "_raw", "_tee", "_upstream", "_write")
+
+    def __init__(
+        self, upstream: Upstream, write: Callable[[bytes], None], tee: Tee, *, chunked: bool
+    ) -> None:
+        self._upstream = upstream
+        self._write = write
+        self._tee = tee
+        self._chunked = chunked
+        self._follower = upstream.follower
+        self._raw = self._follower if chunked and isinstance(self._follower, Chunked) else None
+        self._held = b""  # the beginning of a chunk
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Pass on the body to its end.
+
+        Raises:
+            Lost: it broke off.
+            ClientLeft: :meth:`interrupt` was called.
+        """
+        begun = self._upstream.relay(self)
+        if begun:
+            self.data(begun)
+        await self._done
+
+    def data(self, data: bytes) -> None:
+        """Pass on what has come."""
+        if self._raw is not None and self._raw.between:
+            data = self._passed(self._raw, data)
+            if not data:
+                return
+        follower = self._follower
+        try:
+            payload = follower.feed(data)
+        except FramingError as error:
+            self._fail(Lost(f"the answer's framing is broken: {error}"))
+            return
+        if payload:
+            out = self._tee(payload)
+            if out:
+                self._write(chunk(out) if self._chunked else out)
+        if follower.ended:
+            self._upstream.sink = None
+            if not self._done.done():
+                self._done.set_result(None)
+
+    def _passed(self, raw: Chunked, data: bytes) -> bytes:
+        """Pass on whole chunks as they are, keep the beginning of one; what is left has to be followed."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        whole = raw.whole(data)
+        if whole:
+            chunks = data if whole == len(data) else data[:whole]
+            if not self._tee.passes(chunks):
+                return data
+            self._write(chunks)
+            data = data[whole:]
+        if len(data) <= HOLD_LINE_BYTES and raw.awaits(data):
+            self._held, data = data, b""
+        return data
+
+    def lost(self, reason: str, clean: bool) -> None:
+        """The node's connection has ended, which may be the body's end."""
+        if clean:
+            try:
+                self._follower.end()
+            except FramingError as error:
+                reason = str(error)
+            else:
+                if not self._done.done():
+                    self._done.set_result(None)
+                return
+        self._fail(Lost(reason))
+
+    def interrupt(self) -> None:
+        """The client has left."""
+        self._fail(ClientLeft())
+
+    def _fail(self, error: Exception) -> None:
+        self._upstream.sink = None
+        if not self._done.done():
+            self._done.set_exception(error)
