@@ -1,12 +1,13 @@
 # Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt bench bench-routing bench-shard lock clean
+.PHONY: help install demo test check fmt bench bench-proxy bench-routing bench-shard lock clean soak
 
 # The first python3 that runs: a shim of pyenv's may be on PATH and fail.
 PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.bench
+PEERS_INSTALLED := .venv/.bench-proxy
 ARGS ?=
 
 help: ## list these targets
@@ -26,6 +27,9 @@ test: install ## all tests; ARGS='-k name' for some
 	@scripts/test_deps.sh
 	@$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
+soak: install ## shake a fleet of real processes; ARGS='--minutes 30 --clients 200 --seed 1'
+	@$(BIN)/python -m tests.soak $(ARGS)
+
 check: install ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -36,8 +40,16 @@ fmt: install ## format, and mend what lint can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install ## measure what agent and proxy cost
+bench: install ## measure what the agent, decisions and the proxy's watch cost
 	@$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-proxy: $(PEERS_INSTALLED) ## compare what proxies cost; renews docs/performance.md; ARGS=--quick for three minutes
+	@scripts/test_deps.sh bench
+	@$(BIN)/python scripts/bench_proxy.py $(ARGS)
+
+$(PEERS_INSTALLED): $(INSTALLED) scripts/bench.lock.txt scripts/bench_litellm.lock.txt scripts/bench_herd.lock.txt
+	@$(PYTHON3) scripts/bootstrap.py bench-proxy
+	@touch $@
 
 bench-routing: $(BENCH_INSTALLED) ## compare routing with other balancers on a simulated fleet; renews docs/routing.md
 	@scripts/test_deps.sh bench

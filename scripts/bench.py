@@ -1,4 +1,7 @@
-"""``make bench``: what SOLLOL costs, part by part. Run it on a quiet machine; it takes minutes."""
+"""``make bench``: what SOLLOL costs, part by part. Run it on a quiet machine; it takes minutes.
+
+What the proxy costs beside others is for ``make bench-proxy`` to say.
+"""
 
 import subprocess
 import sys
@@ -6,7 +9,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PARTS = (
-    ("the proxy, against a direct connection", "bench_proxy.py"),
     ("its hooks for a small request", "-O", "bench_hooks.py"),
     ("a decision", "bench_decision.py"),
     ("the agent", "bench_agent.py"),

@@ -1,250 +1,305 @@
-"""What the proxy adds to a direct connection: latency of a request, CPU of a request and of a streamed chunk.
+"""``make bench-proxy``: what proxies cost, side by side before one fake node. See docs/performance.md.
 
-One fake node (a process of its own) is asked directly and through ``sollol proxy``, in turn, in the same run;
-quote the differences and ratios, not the single times of a shared machine.
+    python scripts/bench_proxy.py [--subjects direct,envoy,sollol] [--quick] [--json]
+    python scripts/bench_proxy.py --from build/bench-proxy.json       (the page anew, without a run)
 
-    python scripts/bench_proxy.py [REQUESTS]
-
-mitmdump with an addon that does nothing but stream is measured beside it, as what the proxy is built on.
+All subjects run at the same time and are measured in turns, so that what else the machine does hits all
+alike. Each proxy is kept on one core, node and clients on another. A whole run renews docs/performance.md.
 """
 
+from __future__ import annotations
+
+import argparse
 import asyncio
+import contextlib
+import dataclasses
+import json
 import os
-import socket
-import statistics
+import resource
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench_proxy_report as report
 import psutil
+from bench_proxy_check import check
+from bench_proxy_client import GRACE_S, SmallFound, SmallTask, StreamFound, StreamTask
+from bench_proxy_results import Figures, Many, Results, Small, Streams, median
+from bench_proxy_subjects import DIRECT, OWN, SUBJECTS, Cores, Family, Running, node, running, spawn
+from bench_routing_subjects import HERE, ROOT, Broken
+from pydantic import TypeAdapter
 
-ROOT = Path(__file__).parent.parent
-
-STREAMS = 32
-CHUNKS = 100
-CHUNKS_PER_S = 100  #: of each stream: a small model on a good GPU
-ROUNDS = 3
-WARM_UP = 200
-LIMIT_S = 60.0
-STREAMING = "def responseheaders(flow):\n    flow.response.stream = True\n"
-
-
-def post(path: str, body: str) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+KEPT = ROOT / "build" / "bench-proxy.json"
+CHUNKS, CHUNKS_PER_S = 100, 100.0  #: of each stream side by side: a small model on a good GPU
+MANY, MANY_PER_S = 1000, 20.0
+LOOK_EVERY_S = 0.5
+CLIENT_LIMIT_S = 180.0
 
 
-EMBED = post("/api/embed", '{"model":"embed","input":"hello"}')
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    small_s: float  #: of small requests, per round and concurrency
+    streams: int  #: side by side
+    idle_s: float
+    ramp_s: float  #: in which the thousand streams are opened, and over which they end
+    steady_s: float  #: with all of them open
 
 
-def chat(tokens: int) -> bytes:
-    options = f'{{"num_predict":{tokens}}}'
-    return post("/api/generate", f'{{"model":"llama3.2","prompt":"[[n:{tokens}]] go","options":{options}}}')
+WHOLE = Plan(rounds=3, small_s=2.5, streams=32, idle_s=6.0, ramp_s=6.0, steady_s=10.0)
+QUICK = Plan(rounds=1, small_s=1.0, streams=8, idle_s=3.0, ramp_s=4.0, steady_s=2.0)
 
 
-class Connection:
-    """A kept connection that reads whole answers by their framing, and nothing more."""
+class Bench:
+    """One run: the subjects that could be started, and what is found of them."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
+    def __init__(self, plan: Plan, cores: Cores, folder: Path) -> None:
+        self.plan, self.cores, self.folder = plan, cores, folder
 
-    @classmethod
-    async def open(cls, port: int) -> "Connection":
-        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 20))
+    async def measure(self, one: Running, figures: Figures, round_: int) -> None:
+        """One round of a subject."""
+        for concurrency in report.CONCURRENCIES:
+            figures.small.append(await self.small(one, concurrency))
+        figures.streams.append(await self.streams(one))
+        _say(f"round {round_ + 1}, {one.subject.name}: {_told(figures)}")
 
-    async def ask(self, request: bytes) -> int:
-        """Send a request, read its answer; the number of chunks (1 for a body with a length)."""
-        self.writer.write(request)
-        head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.1 200"):
-            raise SystemExit(f"unexpected answer: {head!r}")
-        if b"chunked" not in head:
-            length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
-            await self.reader.readexactly(length)
-            return 1
-        chunks = 0
-        while size := int(await self.reader.readuntil(b"\r\n"), 16):
-            await self.reader.readexactly(size + 2)
-            chunks += 1
-        await self.reader.readexactly(2)
-        return chunks
+    async def small(self, one: Running, concurrency: int) -> Small:
+        """Small requests, one after the other on so many connections."""
+        task = SmallTask(one.port, one.subject.api.small(), concurrency, self.plan.small_s)
+        with Spent(one) as spent:
+            found = await self._clients(task, SmallFound)
+        cpu_us = spent.busy_s / found.answered * 1e6 if found.answered else float("nan")
+        return Small(concurrency, found.p50_ms, found.p99_ms, found.per_s, cpu_us, found.wrong)
 
+    async def streams(self, one: Running) -> Streams:
+        """Streams side by side; heads and ends included."""
+        request = one.subject.api.stream(CHUNKS, CHUNKS_PER_S)
+        limit_s = CLIENT_LIMIT_S / 2  # ollama-herd takes one after the other
+        task = StreamTask(one.port, request, self.plan.streams, CHUNKS, CHUNKS_PER_S, limit_s=limit_s)
+        with Spent(one) as spent:
+            found = await self._clients(task, StreamFound)
+        cpu_ms = spent.busy_s / self.plan.streams * 1e3 if found.came == found.asked else float("nan")
+        return Streams(cpu_ms, found.asked, found.came, found.wrong)
 
-async def latencies(port: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` small requests on one connection."""
-    connection = await Connection.open(port)
-    times = []
-    for index in range(WARM_UP + count):
-        begun = time.perf_counter()
-        await connection.ask(EMBED)
-        if index >= WARM_UP:
-            times.append(time.perf_counter() - begun)
-    connection.writer.close()
-    return times
+    async def many(self, one: Running) -> Many:
+        """A thousand streams, opened and ended evenly."""
+        plan = self.plan
+        chunks = int((plan.ramp_s + plan.steady_s) * MANY_PER_S)
+        request = one.subject.api.stream(chunks, MANY_PER_S)
+        limit_s = 2 * plan.ramp_s + plan.steady_s + GRACE_S
+        task = StreamTask(one.port, request, MANY, chunks, MANY_PER_S, plan.ramp_s, limit_s)
+        base_mb = one.family.rss_mb() if one.family else float("nan")
+        with Spent(one) as spent:
+            async with _watched(one) as seen_mb:
+                found = await self._clients(task, StreamFound)
+        most_mb = max(seen_mb, default=float("nan"))
+        return Many(
+            MANY, found.open_most, found.asked, found.came, found.late, found.late_max_ms, found.way_max_ms,
+            found.node_max_ms, spent.busy_s / spent.wall_s, base_mb, most_mb, found.wrong,
+        )  # fmt: skip
 
-
-async def streams(port: int) -> int:
-    """Run the streams side by side; the number of chunks that came."""
-
-    async def one() -> int:
-        connection = await Connection.open(port)
+    async def _clients[T](self, task: SmallTask | StreamTask, found: type[T]) -> T:
+        """Let a process of clients do a task. Raises Broken where it does not end as it should."""
+        log = self.folder / "clients.log"
+        command = [sys.executable, str(HERE / "bench_proxy_client.py"), json.dumps(dataclasses.asdict(task))]
+        process = await spawn(command, self.cores.others, self.folder, os.environ, log, listen=True)
         try:
-            return await connection.ask(chat(CHUNKS))
+            async with asyncio.timeout(CLIENT_LIMIT_S):
+                out, _ = await process.communicate()
         finally:
-            connection.writer.close()
-
-    return sum(await asyncio.gather(*(one() for _ in range(STREAMS))))
-
-
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            raise Broken(f"the clients failed: {log.read_text()[-500:]}")
+        return TypeAdapter(found).validate_json(out)
 
 
-async def start(*command: str) -> asyncio.subprocess.Process:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SOLLOL_", "OLLAMA_"))}
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        cwd=ROOT,
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+class Spent:
+    """What a subject uses of a core meanwhile, beyond what it does unasked; not a number without a proxy."""
+
+    busy_s = wall_s = float("nan")
+
+    def __init__(self, one: Running) -> None:
+        self._one = one
+
+    def _cpu_s(self) -> float:
+        return self._one.family.cpu_s() if self._one.family else float("nan")
+
+    def __enter__(self) -> Spent:
+        self._before_s, self._begun_s = self._cpu_s(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_s = time.perf_counter() - self._begun_s
+        self.busy_s = self._cpu_s() - self._before_s - self._one.idle_share * self.wall_s
 
 
-async def until_up(port: int) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while True:
-            try:
-                connection = await Connection.open(port)
-                await connection.ask(EMBED)
-                await connection.ask(chat(1))
-            except (OSError, asyncio.IncompleteReadError):
-                await asyncio.sleep(0.1)
-            else:
-                return
+@contextlib.asynccontextmanager
+async def _watched(one: Running) -> AsyncIterator[list[float]]:
+    """Resident memory, looked at from time to time: nobody reports it."""
+    seen_mb: list[float] = []
+
+    async def look() -> None:
+        while one.family:
+            seen_mb.append(one.family.rss_mb())
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    task = asyncio.create_task(look())
+    try:
+        yield seen_mb
+    finally:
+        task.cancel()
 
 
-def quantile(times: list[float], share: float) -> float:
-    """Milliseconds."""
-    return sorted(times)[int(len(times) * share)] * 1e3
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _told(figures: Figures) -> str:
+    """A subject's last round in a line."""
+    small = figures.small[-len(report.CONCURRENCIES) :]
+    parts = [f"{one.concurrency}: {one.p50_ms:.2f} {one.p99_ms:.2f} ms {one.cpu_us:.0f} µs" for one in small]
+    return f"{'; '.join(parts)}; a stream {figures.streams[-1].cpu_ms:.2f} ms"
 
 
 def yardstick_us() -> float:
     """How fast this machine is just now: ``sum(range(1000))``, about 10 µs on an idle desktop of 2024."""
-    begun = time.perf_counter()
+    begun_s = time.perf_counter()
     for _ in range(1000):
         sum(range(1000))
-    return (time.perf_counter() - begun) * 1e3
+    return (time.perf_counter() - begun_s) * 1e3
 
 
-class Subject:
-    """A proxy under test and what it cost."""
+class Foreign:
+    """What other programs use of the machine from now on."""
 
-    def __init__(self, name: str, child: asyncio.subprocess.Process, port: int) -> None:
-        self.name, self.port, self.child = name, port, child
-        self.process = psutil.Process(child.pid)
-        self.times: list[float] = []
-        self.request_s: list[float] = []
-        self.chunk_s: list[float] = []
-        self.idle_share = 0.0
+    def __init__(self) -> None:
+        self._before_s = self._now_s()
 
-    async def small_requests(self, count: int) -> None:
-        before = cpu_s(self.process)
-        self.times += await latencies(self.port, count)
-        self.request_s.append((cpu_s(self.process) - before) / (count + WARM_UP))
+    @staticmethod
+    def _now_s() -> tuple[float, float]:
+        whole, ended = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        own_s = Family(os.getpid()).cpu_s() + ended.ru_utime + ended.ru_stime
+        return sum(whole) - whole.idle - getattr(whole, "iowait", 0.0) - own_s, sum(whole)
 
-    async def idle(self, seconds: float) -> None:
-        before = cpu_s(self.process)
+    def share(self) -> float:
+        """Of all cores' time."""
+        foreign_s, whole_s = (now - then for now, then in zip(self._now_s(), self._before_s, strict=True))
+        return max(0.0, foreign_s / whole_s)
+
+
+async def compare(names: Sequence[str], plan: Plan, results: Results) -> None:
+    """Start all subjects, check them, and measure them in turns."""
+    cores = Cores.of(os.sched_getaffinity(0))
+    found = {name: Figures(name, SUBJECTS[name].title) for name in names}
+    results.figures = list(found.values())
+    async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sollol-bench-")))
+        place = await stack.enter_async_context(node(cores.others, folder))
+        bench, started, ends = Bench(plan, cores, folder), [], {}
+        for name in names:
+            end = await stack.enter_async_context(contextlib.AsyncExitStack())
+            try:
+                found[name].version = SUBJECTS[name].version()
+                one = await end.enter_async_context(
+                    running(SUBJECTS[name], place, cores.proxy, folder / name)
+                )
+                await check(one, place.address)
+            except Broken as error:
+                found[name].note = str(error)
+                await end.aclose()
+                _say(f"{name}: {error}")
+            else:
+                started.append(one)
+                ends[name] = end
+        foreign = Foreign()
+        await _idle(started, plan.idle_s)
+        for one in started:
+            found[one.subject.name].idle_share = one.idle_share
+        yardsticks = []
+        for round_ in range(plan.rounds):
+            yardsticks.append(yardstick_us())
+            for one in started if round_ % 2 == 0 else reversed(started):
+                await bench.measure(one, found[one.subject.name], round_)
+        for one in started:
+            found[one.subject.name].many = await bench.many(one)
+            _say(f"{MANY} streams, {one.subject.name}: {found[one.subject.name].many}")
+            await ends[one.subject.name].aclose()  # so that what it still works off is nobody else's trouble
+        yardsticks.append(yardstick_us())
+        results.about |= {"yardstick_us": median(yardsticks), "foreign_share": foreign.share()}
+
+
+async def _idle(started: Sequence[Running], seconds: float) -> None:
+    """What each uses of a core while nobody asks anything."""
+    with contextlib.ExitStack() as stack:
+        spent = [(one, stack.enter_context(Spent(one))) for one in started]
         await asyncio.sleep(seconds)
-        self.idle_share = (cpu_s(self.process) - before) / seconds
-
-    async def stream(self) -> None:
-        begun, before = time.perf_counter(), cpu_s(self.process)
-        chunks = await streams(self.port)
-        if chunks < STREAMS * CHUNKS:
-            raise SystemExit(f"chunks were lost or merged: {chunks} of {STREAMS * CHUNKS}")
-        spent_s = cpu_s(self.process) - before - self.idle_share * (time.perf_counter() - begun)
-        self.chunk_s.append(spent_s / chunks)
-
-    def row(self, direct: list[float]) -> str:
-        p50, p99 = quantile(self.times, 0.5), quantile(self.times, 0.99)
-        request_us = statistics.median(self.request_s) * 1e6
-        chunk_us = statistics.median(self.chunk_s) * 1e6
-        return (
-            f"{self.name:22}{p50:9.3f}{p99:9.3f}{p50 - quantile(direct, 0.5):10.3f}{request_us:13.0f}"
-            f"{chunk_us:10.0f}{self.idle_share * 100:8.2f}{self.process.memory_info().rss / 1e6:8.0f}"
-        )
+    for one, its in spent:
+        one.idle_share = its.busy_s / its.wall_s
 
 
-async def main(requests: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="sollol-bench-") as state:
-        await measure(requests, Path(state))
+async def interruptible(names: Sequence[str], plan: Plan, results: Results) -> None:
+    """Compare; ended from outside, end what was started."""
+    task = asyncio.ensure_future(compare(names, plan, results))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
 
 
-async def measure(requests: int, state: Path) -> None:
-    children = []
-    try:
-        node = await start(
-            "-m", "tests.fakes.ollama_node", "--models", "llama3.2,embed", "--no-record", "--uvloop",
-            "--time-scale", "1", "--load-bytes-s", str(10**15), "--unload-s", "0", "--prefill-tok-s", "1e9",
-            "--neighbour-slowdown", "0", "--decode-tok-s", str(CHUNKS_PER_S), "--num-parallel", str(STREAMS),
-            "--vram-bytes", str(40 << 30), "--default-num-ctx", "4096",
-        )  # fmt: skip
-        children.append(node)
-        assert node.stdout
-        address = (await node.stdout.readline()).decode().strip()
-        node_port = int(address.rpartition(":")[2])
-        script = state / "streaming.py"
-        script.write_text(STREAMING)
-        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-            ports = one.getsockname()[1], other.getsockname()[1]
-        commands = {
-            "sollol proxy": (
-                "-c", "from proxy_addon.cli import main; main()", "proxy",
-                "--listen", f"127.0.0.1:{ports[0]}", "--nodes", address, "--state-dir", str(state),
-                "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
-            ),
-            "mitmdump, 2-line addon": (
-                "-c", "from mitmproxy.tools.main import mitmdump; mitmdump()", "-q", "-s", str(script),
-                "--mode", f"reverse:http://{address}@127.0.0.1:{ports[1]}", "--set", f"confdir={state}",
-            ),
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subjects", default=",".join(SUBJECTS), help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument("--quick", action="store_true", help="one short round: three minutes, rough figures")
+    parser.add_argument("--json", action="store_true", help="print the results as they are kept")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="where the results are kept")
+    parser.add_argument("--from", type=Path, dest="made", metavar="FILE", help="no run: what is kept there")
+    parser.add_argument("--doc", action="store_true", help="renew docs/performance.md from a part, too")
+    options = parser.parse_args()
+    names = options.subjects.split(",")
+    if unknown := set(names) - set(SUBJECTS):
+        parser.error(f"there is no subject {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
+    options.names = [name for name in SUBJECTS if name in names or name == DIRECT]
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    if options.made:
+        results = Results.load(options.made)
+    else:
+        plan = QUICK if options.quick else WHOLE
+        cores = os.cpu_count()
+        machine = f"{cores} cores, of which the proxy had one, and node and clients had another"
+        about = {
+            "date": date.today().isoformat(), "machine": machine,
+            "quick": options.quick, "rounds": plan.rounds,
         }  # fmt: skip
-        subjects = []
-        for (name, command), port in zip(commands.items(), ports, strict=True):
-            children.append(await start(*command))
-            await until_up(port)
-            subjects.append(Subject(name, children[-1], port))
-
-        direct: list[float] = []
-        for _ in range(ROUNDS):
-            direct += await latencies(node_port, requests // ROUNDS)
-            for subject in subjects:
-                await subject.small_requests(requests // ROUNDS)
-        for subject in subjects:
-            await subject.idle(3)
-        for _ in range(ROUNDS):
-            for subject in subjects:
-                await subject.stream()
-        report(requests, direct, subjects)
-    finally:
-        for child in reversed(children):
-            if child.returncode is None:
-                child.terminate()
-                await child.wait()
-
-
-def report(requests: int, direct: list[float], subjects: list[Subject]) -> None:
-    print(f"{requests} small requests on one kept connection, in turns with a direct one (ms);")
-    print(f"{STREAMS} streams of {CHUNKS} chunks at {CHUNKS_PER_S}/s each, heads and ends included;")
-    print(f"this machine, just now: sum(range(1000)) in {yardstick_us():.1f} µs")
-    print(f"{'':22}{'p50':>9}{'p99':>9}{'added':>10}{'CPU µs/req':>13}{'/chunk':>10}{'idle %':>8}{'MB':>8}")
-    print(f"{'direct':22}{quantile(direct, 0.5):9.3f}{quantile(direct, 0.99):9.3f}")
-    for subject in subjects:
-        print(subject.row(direct))
+        results = Results(about)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        asyncio.run(interruptible(options.names, plan, results))
+        results.save(options.keep)
+    print(results.json() if options.json else report.text(results))
+    if options.doc or options.made or (options.names == list(SUBJECTS) and not options.quick):
+        report.renew(results)
+    own = results.of(OWN)
+    return 1 if own and own.note else 0
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3000))
+    try:
+        sys.exit(main())
+    except Broken as error:
+        sys.exit(f"bench_proxy: {error}")

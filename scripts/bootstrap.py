@@ -25,6 +25,8 @@ SCRATCH = TOOLS / "scratch"
 UV_LOCK = ROOT / "scripts" / "uv.lock.txt"
 LOCK = ROOT / "requirements.lock"
 BENCH_LOCK = ROOT / "scripts" / "bench.lock.txt"
+#: Of the proxies that `make bench-proxy` compares with, those that need an environment of their own.
+PEERS = ("bench-litellm", "bench-herd")
 
 # In order of preference. One lock serves all versions, and the typing-extensions that mitmproxy wants on 3.12
 # holds pydantic at a version that has no wheels for 3.14.
@@ -268,9 +270,26 @@ def provide_libgomp() -> None:
 
 
 def add_bench() -> None:
-    """Put what `make bench-routing` needs beside what is in `.venv`: other balancers and plots."""
+    """Put what all benchmarks need beside what is in `.venv`: another balancer and plots."""
     say("installing the packages of scripts/bench.lock.txt into .venv")
     uv("pip", "install", "--python", VENV, "--require-hashes", "-r", BENCH_LOCK)
+
+
+def peer_lock(peer: str) -> Path:
+    """Return where the packages of a peer's environment are pinned."""
+    return ROOT / "scripts" / f"{peer.replace('-', '_')}.lock.txt"
+
+
+def add_peers() -> None:
+    """Make the environments of `PEERS` below `build`. Without one, the benchmark says so and goes on."""
+    for peer in PEERS:
+        place = ROOT / "build" / peer
+        say(f"installing the packages of scripts/{peer_lock(peer).name} into build/{peer}")
+        try:
+            uv("venv", "--quiet", "--allow-existing", "--python", VENV / "bin" / "python", place)
+            uv("pip", "sync", "--quiet", "--python", place, "--require-hashes", peer_lock(peer))
+        except subprocess.CalledProcessError:
+            say(f"{peer} could not be installed; uv's reason is above")
 
 
 def lock(options: list[str]) -> None:
@@ -284,13 +303,14 @@ def lock(options: list[str]) -> None:
     wanted = {
         LOCK: ["scripts/requirements.in", "--group", "pyproject.toml:dev", "--no-emit-package", "sollol"],
         BENCH_LOCK: ["--group", "pyproject.toml:bench", "--constraints", LOCK.name],
+        **{peer_lock(peer): ["--group", f"pyproject.toml:{peer}"] for peer in PEERS},
     }
     for file, what in wanted.items():
         uv("pip", "compile", *where, "--output-file", str(file.relative_to(ROOT)), *what, *style, *options)
 
 
 def main(arguments: list[str]) -> int:
-    """Install everything; with `lock` remake the lock files, with `bench` add what the benchmarks need.
+    """Install everything; with `lock` remake the lock files, with `bench…` add what a benchmark needs.
 
     Returns the exit status. What could not be done is said in one sentence.
     """
@@ -301,6 +321,9 @@ def main(arguments: list[str]) -> int:
             lock(arguments[1:])
         elif arguments[:1] == ["bench"]:
             add_bench()
+        elif arguments[:1] == ["bench-proxy"]:
+            add_bench()
+            add_peers()
         else:
             sync()
             provide_libgomp()
