@@ -31,7 +31,7 @@ from tests.soak.node import STATE
 from tests.soak.outcome import LIMIT_S, Outcome
 from tests.soak.processes import ROOT, Clients, Node, Program, Proxy, free_ports
 from tests.soak.report import report
-from tests.soak.schedule import schedule
+from tests.soak.schedule import Kind, schedule
 from tests.soak.storm import Storm
 
 WARM_S = GRACE_S + 2.0  #: from then on the nodes count as well
@@ -39,9 +39,10 @@ CALM_S = GRACE_S + 5.0  #: after the storm: everything must work as before
 SHOWN = 20  #: violations that are printed; all are in the folder
 
 
-def can_reload() -> bool:
-    """Whether this build reloads its configuration at all. Once it does, each reload must show."""
-    return any((ROOT / "proxy_addon").glob("reload*.py"))
+def built() -> set[Kind]:
+    """What of the storm this build knows at all; once it has the file, the deed must succeed."""
+    parts: dict[Kind, str] = {"reload": "reload.py", "upgrade": "handover.py"}
+    return {kind for kind, file in parts.items() if (ROOT / "proxy_addon" / file).exists()}
 
 
 @asynccontextmanager
@@ -68,7 +69,8 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     proxy.configure()
     programs = [proxy, clients, *nodes, *(node.agent for node in nodes)]
     half_s = options.minutes * 60 / 2
-    reloads = can_reload()
+    reloads = "reload" in built()
+    upgrades = "upgrade" in built()
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running(programs))
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector()))
@@ -81,7 +83,8 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
 
         clients.go()
         await asyncio.sleep(WARM_S)
-        await storm.run(schedule(f"{options.seed}/1", half_s, renewals=True, reloads=reloads))
+        first = schedule(f"{options.seed}/1", half_s, renewals=True, reloads=reloads, upgrades=upgrades)
+        await storm.run(first)
         await clients.rest(LIMIT_S * 2)
         before = await settled(session, proxy.url, proxy.pid)
 
@@ -109,8 +112,7 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     (folder / "violations.txt").write_text("\n".join(texts))
     title = f"{options.minutes:g} minutes, {options.clients} clients, {count} nodes, seed {options.seed}"
     faults: dict[str, int | str] = {**storm.done}
-    if not reloads:
-        faults["reload"] = "not in this build"
+    faults |= {kind: "not in this build" for kind in ("reload", "upgrade") if kind not in built()}
     turned_away = sum(excused(outcome, ledger) for outcome in outcomes if outcome.end == "failed")
     print(report(title, outcomes, faults, before, after, turned_away, len(texts)))
     for text in texts[:SHOWN]:

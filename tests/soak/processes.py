@@ -147,6 +147,7 @@ class Proxy(Program):
         self.config = folder / "sollol.yaml"
         self._nodes = nodes
         self._extra = extra
+        self._retired: list[Process] = []
 
     def configure(self, without: Node | None = None, rounds: int = 5) -> None:
         """Write ``sollol.yaml``: JSON is YAML."""
@@ -166,6 +167,20 @@ class Proxy(Program):
         process = await self.launch(*SOLLOL, "proxy", *listen, *state, *self._extra)
         assert process.stdin is not None
         process.stdin.close()
+
+    def retire(self) -> Process:
+        """The running process, which :meth:`start` may now put another one beside."""
+        assert self.process is not None
+        self._retired.append(self.process)
+        return self.process
+
+    async def kill(self) -> None:
+        """Also what was retired and has not left."""
+        for old in self._retired:
+            if old.returncode is None:
+                old.kill()
+                await old.wait()
+        await super().kill()
 
 
 class Clients(Program):

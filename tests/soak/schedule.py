@@ -37,8 +37,10 @@ class Event:
     variant: str = ""
 
 
-def schedule(seed: str, length_s: float, *, renewals: bool, reloads: bool = True) -> list[Event]:
-    """All events of ``length_s``, in order. Every fault ends within it."""
+def schedule(
+    seed: str, length_s: float, *, renewals: bool, reloads: bool = True, upgrades: bool = True
+) -> list[Event]:
+    """All events of ``length_s``, in order. Every fault ends within it. ``renewals`` are of the proxy."""
     events: list[Event] = []
     for node in range(len(HOUSES)):
         events += _faults(Random(f"{seed}/node {node}"), node, length_s)
@@ -47,7 +49,8 @@ def schedule(seed: str, length_s: float, *, renewals: bool, reloads: bool = True
     if reloads:
         events += _reloads(Random(f"{seed}/reload"), length_s)
     if renewals:
-        events += _renewals(Random(f"{seed}/renewal"), length_s)
+        kinds: tuple[Kind, ...] = ("restart", "upgrade") if upgrades else ("restart",)
+        events += _renewals(Random(f"{seed}/renewal"), length_s, kinds)
     return sorted(events)
 
 
@@ -91,11 +94,11 @@ def _reloads(draw: Random, length_s: float) -> list[Event]:
     return events
 
 
-def _renewals(draw: Random, length_s: float) -> list[Event]:
-    """Restarts and upgrades by turns; at least one of each."""
+def _renewals(draw: Random, length_s: float, kinds: tuple[Kind, ...]) -> list[Event]:
+    """``kinds`` by turns; at least two."""
     events: list[Event] = []
     at_s = min(draw.uniform(*RENEWAL_PAUSE_S), length_s / 3)
     while at_s < length_s * 0.8:
-        events.append(Event(at_s, "upgrade" if len(events) % 2 else "restart"))
+        events.append(Event(at_s, kinds[len(events) % len(kinds)]))
         at_s += min(draw.uniform(*RENEWAL_PAUSE_S), length_s / 3)
     return events

@@ -25,6 +25,7 @@ DEED_LIMIT_S = 60.0
 #: Until a changed configuration shows, or a hurt node is used again (an ejection lasts up to a minute).
 SHOWS_LIMIT_S = 90.0
 ASK_S = 0.1  #: between two looks at what only shows to those who ask
+SERVES_S = 3.0  #: at least so long a proxy serves until the next one, however slowly this one started
 BROKEN_CONFIG = b"nodes: [127.0.0.1:1\nretry: {rounds: many}\n"
 
 
@@ -271,6 +272,22 @@ class Storm:
             await self.proxy.start()
             await self.ready()
             span.to_s = time.monotonic()
+            await asyncio.sleep(SERVES_S)
 
-    async def _upgrade(self, event: Event) -> None:
-        await self._restart(event)
+    async def _upgrade(self, _: Event) -> None:
+        """Start the new process beside the old one, which leaves by itself."""
+        async with self._proxy_busy:
+            span = self.ledger.trouble("proxy", "upgrade", time.monotonic())
+            old = self.proxy.retire()
+            await self.proxy.start()
+            try:
+                async with asyncio.timeout(START_LIMIT_S):
+                    status = await old.wait()
+            except TimeoutError:
+                self.violated(f"the old process has not left {START_LIMIT_S:g} s after the new one's start")
+            else:
+                if status != 0:
+                    self.violated(f"the old process ended with status {status}")
+            await self.ready()
+            span.to_s = time.monotonic()
+            await asyncio.sleep(SERVES_S)
