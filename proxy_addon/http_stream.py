@@ -424,7 +424,10 @@ def final_answer(failure: Failure) -> http.Response:
     if failure.response is not None:
         return failure.response
     rec = record.of(failure.flow)
-    return errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
+    protocol, request_id = (rec.protocol, rec.id) if rec else ("native", "")
+    if failure.phase == "first_line":  # the node's own words, which the policy lets stand
+        return errors.response(protocol, failure.status or 500, failure.detail, request_id=request_id)
+    return errors.internal(protocol, request_id)
 
 
 _FROM_UPSTREAM = (
