@@ -110,11 +110,16 @@ def _record(subject: Any, sent_by: SentBy) -> Record | None:
 # -- what happens instead --------------------------------------------------------------------------------
 
 
-def _answer(flow: http.HTTPFlow, rec: Record | None, request_id: str) -> None:
+async def _answer(flow: http.HTTPFlow, rec: Record | None, request_id: str) -> None:
     protocol = rec.protocol if rec else protocol_of(flow.request.path)
     flow.response = errors.internal(protocol, request_id)
-    if rec is not None:
-        rec.stream, rec.outcome = None, "failed"
+    flow.request.stream = False
+    if rec is None:
+        return
+    rec.outcome = "failed"
+    if rec.stream is not None:
+        source, rec.stream = rec.stream.chunks, None
+        await _close(source)
 
 
 def _give_up(failure: Failure, rec: Record | None, request_id: str) -> None:
@@ -132,6 +137,10 @@ async def _cut(chunk: NextChunk, rec: Record | None, request_id: str) -> None:
     rec.outcome = "cut"
     chunk.data = errors.stream_tail(rec.protocol, errors.own_fault(request_id), request_id)
     source, rec.stream.chunks = rec.stream.chunks, _nothing()
+    await _close(source)
+
+
+async def _close(source: AsyncIterator[bytes]) -> None:
     if (close := getattr(source, "aclose", None)) is not None:
         await close()
 
@@ -194,7 +203,8 @@ class Refusing(Layer):
 
     def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
         if isinstance(event, events.DataReceived):
-            answer = errors.internal("native", self._request_id)
+            path = event.data.partition(b" ")[2].partition(b" ")[0].decode("ascii", "replace")
+            answer = errors.internal(protocol_of(path), self._request_id)
             answer.headers["connection"] = "close"
             yield commands.SendData(self.context.client, http1.assemble_response(answer))
             yield commands.CloseConnection(self.context.client)
