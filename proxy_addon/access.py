@@ -12,6 +12,8 @@ from proxy_addon.settings import OLLAMA_PORT
 HOPS_HEADER = "x-sollol-hops"  #: the proxies that a request has come through, comma-separated
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 LONGEST_LENGTH = 18  #: digits of a Content-Length: an exabyte
+#: What is inside a tunnel could not be seen.
+NO_TUNNELS = "CONNECT is not served: the fleet speaks plain HTTP"
 NAMED_NODES = 10  #: so that a sentence about a large fleet stays a sentence
 
 

@@ -145,7 +145,7 @@ class Sollol:
         self.telemetry.under_way = self.drain.under_way
         self.telemetry.tasks = lambda: len(asyncio.all_tasks())
         chain: tuple[object, ...] = (
-            Layers(),
+            Layers(settings),
             Intake(settings.guard.body_limit_bytes, _now),
             guard,
             self.drain,

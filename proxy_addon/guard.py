@@ -33,8 +33,12 @@ class Guard:
 
     def __init__(self, settings: Settings, fleet: Fleet) -> None:
         self.proxy_id = secrets.token_hex(8)
-        self.settings = settings
         self.fleet = fleet
+        self.reconfigure(settings)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Check by ``settings`` from now on."""
+        self.settings = settings
         self._origins = cors.DEFAULT_ORIGINS + settings.guard.origins
         self._hosts = tuple(name.lower() for name in settings.guard.hosts)
         self._clients: dict[str, Refusal | None] = {}  #: by address
@@ -49,7 +53,7 @@ class Guard:
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         """Refuse every tunnel: what is inside could not be seen."""
-        flow.response = errors.response("native", 403, "CONNECT is not served: the fleet speaks plain HTTP")
+        flow.response = errors.response("native", 403, access.NO_TUNNELS)
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Refuse the request, answer a preflight, or let it pass without its Origin."""
@@ -99,7 +103,13 @@ class Guard:
         return self._clients[address]
 
     def _own_host(self, flow: http.HTTPFlow, seen: Record) -> Refusal | None:
-        return access.host(_host(flow, seen), self._hosts) if self._checks_host else None
+        if not self._checks_host:
+            return None
+        # A target in absolute form counts instead of the Host (RFC 9112 §3.2.2); both must be good.
+        target = flow.request.data.authority.decode("latin-1")
+        return access.host(_host(flow, seen), self._hosts) or (
+            access.host(target, self._hosts) if target else None
+        )
 
     def _target(self, flow: http.HTTPFlow) -> Refusal | None:
         request = flow.request

@@ -1,8 +1,8 @@
-"""Two things that mitmproxy's HTTP/1 layers do otherwise, changed in place.
+"""What mitmproxy's HTTP/1 layers do otherwise, changed in place.
 
 Trailers of chunked bodies are dropped, as RFC 9110 §6.5.1 allows: mitmproxy raises on them and hangs. And
 what it refuses before an addon sees it (a broken head, smuggling attempts) gets an error that an API client
-can read instead of an HTML page.
+can read instead of an HTML page. Clients are served by :class:`StrictServer`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import Any
 import h11
 from mitmproxy import http
 from mitmproxy.net.http import http1
+from mitmproxy.proxy.layers import http as http_layers
 from mitmproxy.proxy.layers.http import _http1
 
-from proxy_addon import errors
+from proxy_addon import access, errors
+from proxy_addon.strict_server import StrictServer
+
+LONGEST_LINE_BYTES = 16 << 10  #: of a chunk's size with its extensions, and of all trailers
+LARGEST_CHUNK_BYTES = 1 << 60  #: an exabyte: larger numbers are wrapped round by others
 
 
 class _WithoutTrailers:
@@ -24,7 +29,12 @@ class _WithoutTrailers:
         self._reader = reader
 
     def __call__(self, buffer: Any) -> Any:
-        return self._bare(self._reader(buffer))
+        event = self._reader(buffer)
+        if event is None and len(buffer) > LONGEST_LINE_BYTES:  # it waits for the end of a line
+            raise h11.RemoteProtocolError("the size of a chunk, or the trailers, are too long")
+        if self._reader._bytes_in_chunk > LARGEST_CHUNK_BYTES:
+            raise h11.RemoteProtocolError("a chunk is larger than any body")
+        return self._bare(event)
 
     def read_eof(self) -> Any:
         return self._bare(self._reader.read_eof())
@@ -36,6 +46,8 @@ class _WithoutTrailers:
 
 def _error_response(status_code: int, message: str = "") -> bytes:
     """The bytes of an error for a request whose path, hence protocol, may be unknown: Ollama's shape."""
+    if " HTTP CONNECT " in message:
+        status_code, message = 403, access.NO_TUNNELS
     sentence = message.partition(" Disable the ")[0].rstrip(".") or "the request cannot be understood"
     answer: http.Response = errors.response("native", status_code, sentence, headers={"connection": "close"})
     return bytes(http1.assemble_response(answer))
@@ -53,3 +65,4 @@ def mend() -> None:
     """Make the changes; harmless the second time."""
     _http1.make_body_reader = _body_reader
     _http1.make_error_response = _error_response
+    http_layers.Http1Server = StrictServer  # type: ignore[misc]
