@@ -36,6 +36,7 @@ from tests.soak.storm import Storm
 
 WARM_S = GRACE_S + 2.0  #: from then on the nodes count as well
 CALM_S = GRACE_S + 5.0  #: after the storm: everything must work as before
+BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
 SHOWN = 20  #: violations that are printed; all are in the folder
 
 
@@ -114,10 +115,21 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     faults: dict[str, int | str] = {**storm.done}
     faults |= {kind: "not in this build" for kind in ("reload", "upgrade") if kind not in built()}
     turned_away = sum(excused(outcome, ledger) for outcome in outcomes if outcome.end == "failed")
-    print(report(title, outcomes, faults, before, after, turned_away, len(texts)))
+    said = report(title, outcomes, faults, before, after, turned_away, len(texts))
+    print(said)
+    if options.docs:
+        renew_docs(said)
     for text in texts[:SHOWN]:
         print(f"\nVIOLATION {text}")
     return 1 if texts else 0
+
+
+def renew_docs(said: str) -> None:
+    """Put the figures into the documentation."""
+    page = ROOT / "docs" / "operations.md"
+    above, begin, rest = page.read_text().partition(BEGIN)
+    _, end, below = rest.partition(END)
+    page.write_text("".join((above, begin, "\n", said, "\n", end, below)))
 
 
 async def explain(
@@ -137,6 +149,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--keep", action="store_true", help="keep the logs of a run without violations too")
+    parser.add_argument("--docs", action="store_true", help="renew the figures in docs/operations.md")
     parser.add_argument("proxy_args", nargs="*", help="after --: more arguments of sollol proxy")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="sollol-soak-"))
