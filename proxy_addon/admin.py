@@ -16,6 +16,7 @@ from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.intake import path_of
 from proxy_addon.journal import Journal
+from proxy_addon.reload import Reloader
 from proxy_addon.telemetry import Telemetry
 
 PREFIX = "/sollol/"
@@ -28,11 +29,19 @@ REQUEST = "request"  #: the kind of entry that a request is; of other kinds are 
 class Admin:
     """Answers :attr:`routes` and everything below ``/sollol/``."""
 
-    def __init__(self, fleet: Fleet, journal: Journal, telemetry: Telemetry, dispatch: Dispatch) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        journal: Journal,
+        telemetry: Telemetry,
+        dispatch: Dispatch,
+        reloader: Reloader,
+    ) -> None:
         self.fleet = fleet
         self.journal = journal
         self.telemetry = telemetry
         self.dispatch = dispatch
+        self.reloader = reloader
         self.routes: Mapping[str, Callable[[http.Request], http.Response]] = {
             "/metrics": self._metrics,
             "/api/dashboard": lambda _: _json(views.dashboard(fleet, telemetry, dispatch.now())),
@@ -69,7 +78,9 @@ class Admin:
     def _status(self, _: http.Request) -> http.Response:
         policy = self.dispatch.settings.placement
         standings = self.dispatch.admission.standings()
-        return _json(views.status(self.fleet, self.telemetry, policy, standings, self.dispatch.now()))
+        answer = views.status(self.fleet, self.telemetry, policy, standings, self.dispatch.now())
+        last = self.reloader.last
+        return _json(answer | {"reload": last.as_json() if last is not None else None})
 
     def _queue(self, _: http.Request) -> http.Response:
         return _json({"queue": views.queue(self.dispatch.admission.standings())})

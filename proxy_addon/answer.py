@@ -17,9 +17,8 @@ from proxy_addon.relay import Tee, framing_of
 class Answer:
     """Lets answers through as they come."""
 
-    def __init__(self, now: Callable[[], float], annotate: bool) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
-        self.annotate = annotate  #: write ``_sollol_routing`` into final objects
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Where the answer is known before the body has come, no ``100 Continue`` asks for the body."""
@@ -35,10 +34,12 @@ class Answer:
         mark(response, rec)
         if rec.placed and response.status_code < 400:
             framing = framing_of(response)
-            annotate = self.annotate and rec.flight is not None
+            annotate = rec.flight is not None and _annotated(rec)
             response.stream = Tee(rec, framing, self.now, annotate)
-            if annotate and framing == "whole" and "content-length" in response.headers:
-                # The body will grow: chunks need no length (an HTTP/1.0 client reads to the end).
+            may_grow = annotate if framing == "whole" else framing != "opaque"
+            if may_grow and "content-length" in response.headers:
+                # By the routing, or by the error that ends a stream which breaks off: chunks need no length
+                # (an HTTP/1.0 client reads to the end).
                 del response.headers["content-length"]
                 response.headers["transfer-encoding"] = "chunked"
 
@@ -64,6 +65,11 @@ class Answer:
             close = getattr(source, "aclose", None)
             if close is not None:
                 await close()
+
+
+def _annotated(rec: Record) -> bool:
+    """Whether ``_sollol_routing`` is written into the final object."""
+    return rec.settings is not None and rec.settings.routing_metadata == "body"
 
 
 def mark(response: http.Response, rec: Record) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ from proxy_addon.one_server.addon import OneServer
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.plans import Plans
 from proxy_addon.protect import protect
+from proxy_addon.reload import FIXED, Live, Reloader
 from proxy_addon.replicas.hands import Hands
 from proxy_addon.replicas.keeper import Keeper
 from proxy_addon.replicas.snapshot import in_line
@@ -95,8 +97,11 @@ class Sollol:
         self.speeds = Speeds.load(settings.state_dir / "speeds.json")
         self.journal = Journal(settings.state_dir / "journal")
         self.telemetry = Telemetry(self.fleet)
+        self.reloader = Reloader(settings, self.reconfigure, self.telemetry.reloaded)
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_ready: Callable[[], None] = lambda: None
+        self.succeeded = False  #: another process has taken over, which learns from now on
         self._saves = True  #: the last time that speeds were written, they could be
         self.ready = asyncio.Event()  #: every node was looked at once
 
@@ -108,6 +113,7 @@ class Sollol:
         guard = Guard(settings, self.fleet)
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
         self.discovery = Discovery(self.fleet, settings)
+        self.discovery.on_found = self.watch.follow
         self.dispatch = Dispatch(self.fleet, self.speeds, settings, _now, guard.stamp, self.telemetry.refused)
         self.telemetry.depth = self.dispatch.admission.line.depth
         hands = Hands(
@@ -129,9 +135,7 @@ class Sollol:
         )
         self.prober = Prober(self.fleet, self.speeds, self.session, _now, guard.stamp, self.journal.note)
         self.telemetry.probes = self.prober.outcomes
-        budget = Budget(
-            settings.retry.budget_ratio, settings.retry.budget_min_per_s, settings.retry.budget_window_s
-        )
+        budget = Budget.of(settings)
         one_server = OneServer(
             self.fleet,
             settings,
@@ -141,15 +145,15 @@ class Sollol:
             self.watch.refresh_resident,
         )
         timeouts = Timeouts(self.dispatch, settings.timeouts)
-        self.drain = Drain(timeouts.abort_all, self.dispatch.admission.close)
+        self.drain = Drain(timeouts.abort_all)
         self.telemetry.under_way = self.drain.under_way
         self.telemetry.tasks = lambda: len(asyncio.all_tasks())
         chain: tuple[object, ...] = (
             Layers(settings),
-            Intake(settings.guard.body_limit_bytes, _now),
+            Intake(settings, _now),
             guard,
             self.drain,
-            Admin(self.fleet, self.journal, self.telemetry, self.dispatch),
+            Admin(self.fleet, self.journal, self.telemetry, self.dispatch, self.reloader),
             Understand(self.ready),
             Door(settings, _now, self.dispatch.refuse),
             one_server,
@@ -158,14 +162,23 @@ class Sollol:
             Failover(self.dispatch, budget, self.watch.suspect, self.telemetry.retried),
             SecondThoughts(self.dispatch, timeouts.take_back),
             timeouts,
-            Answer(_now, settings.routing_metadata == "body"),
+            Answer(_now),
             Epilogue(
                 self.dispatch,
                 self.watch.suspect,
                 (self.journal.add, self.telemetry.observe, self.keeper.observe),
             ),
         )
+        parts = (*chain, budget, self.dispatch, hands, self.watch, self.discovery)
+        self._live = [part for part in parts if isinstance(part, Live)]
         self.addons = [protect(addon, self.telemetry.hook_failed, self.dispatch.sent_by) for addon in chain]
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Go by ``settings`` from now on: every part at the same moment, for nothing here waits."""
+        settings = settings.model_copy(update={name: getattr(self.settings, name) for name in FIXED})
+        self.settings = settings
+        for part in self._live:
+            part.reconfigure(settings)
 
     def session(self) -> aiohttp.ClientSession:
         """The one HTTP session for polls and fan-outs."""
@@ -215,14 +228,22 @@ class Sollol:
             len(models),
         )
         notify.notify(f"READY=1\nSTATUS={len(up)} of {len(all_nodes)} nodes up")
+        self.on_ready()
 
     async def _save_always(self) -> None:
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
             await asyncio.to_thread(self._save)
 
+    async def keep(self) -> None:
+        """Have all on disk that a successor begins with."""
+        await asyncio.to_thread(self._save)
+        await self.journal.keep()
+
     def _save(self) -> None:
         """Keep what was learned. A disk that refuses is said once; nothing else ends with it."""
+        if self.succeeded:
+            return
         try:
             self.speeds.save(self.settings.state_dir / "speeds.json")
         except OSError as error:

@@ -16,7 +16,6 @@ from mitmproxy.connection import Client
 
 from proxy_addon import errors, record
 from proxy_addon.access import HOPS_HEADER
-from proxy_addon.access import HOPS_HEADER
 from proxy_addon.admission import limits
 from proxy_addon.admission.admission import Admission
 from proxy_addon.admission.limits import Refused
@@ -67,6 +66,19 @@ class Dispatch:
         self._changed = asyncio.Event()  #: set, and replaced, when a node may have become free
         fleet.on_freed.append(self._stir)
         fleet.on_lost.append(lambda _node, _reason: self._stir())
+        fleet.on_seen.append(lambda ask: speeds.demand.note(ask, now()))
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Place requests that come from now on by ``settings``; the line goes by them at once."""
+        self.settings, self.rules = settings, Rules.of(settings)
+        self.admission.reconfigure(settings.admission)
+
+    def terms(self, rec: Record) -> Settings:
+        """The settings that ``rec`` is placed by."""
+        return rec.settings or self.settings
+
+    def _rules(self, settings: Settings) -> Rules:
+        return self.rules if settings is self.settings else Rules.of(settings)
 
     async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
         """Point ``flow`` at the best node; None once that is done, else the client's answer.
@@ -100,10 +112,10 @@ class Dispatch:
                 return self._answer(rec, 404, _not_found(rec.ask))
             rec.rounds += 1
             if not self._awaits(rec, decision) and (
-                rec.rounds >= self.settings.retry.rounds or self._hopeless(rec)
+                rec.rounds >= self.terms(rec).retry.rounds or self._hopeless(rec)
             ):
-                return self._answer(rec, 503, self._nobody(decision), {"retry-after": "2"})
-            retry = self.settings.retry
+                return self._answer(rec, 503, self._nobody(rec, decision), {"retry-after": "2"})
+            retry = self.terms(rec).retry
             await _unless_left(
                 rec, backoff_s(rec.rounds, retry.backoff_s, retry.backoff_max_s, random.random())
             )
@@ -160,8 +172,12 @@ class Dispatch:
 
     def _decide(self, waiter: Waiter, closed: Mapping[str, str]) -> Decision:
         excluded = {**waiter.excluded, **closed} if closed else waiter.excluded
-        policy = self.settings.placement
-        return decide(waiter.ask, self.fleet, self.speeds, self.now(), policy, excluded, self.rules)
+        asked = self._asked.get(waiter)
+        return self._choose(waiter.ask, self.terms(asked[1]) if asked else self.settings, excluded)
+
+    def _choose(self, ask: Ask, terms: Settings, excluded: Mapping[str, str]) -> Decision:
+        rules, policy = self._rules(terms), terms.placement
+        return decide(ask, self.fleet, self.speeds, self.now(), policy, excluded, rules)
 
     def _start(self, waiter: Waiter, decision: Decision) -> None:
         assert decision.node is not None
@@ -174,9 +190,7 @@ class Dispatch:
         if rec.ask is None:
             return False
         excluded = {**rec.excluded, node.name: reason}
-        policy = self.settings.placement
-        decision = decide(rec.ask, self.fleet, self.speeds, self.now(), policy, excluded, self.rules)
-        return decision.node is not None
+        return self._choose(rec.ask, self.terms(rec), excluded).node is not None
 
     def at_once_elsewhere(self, rec: Record, node: Node) -> Decision | None:
         """The decision by which ``rec`` could start now on another node than ``node``, if there is one."""
@@ -229,12 +243,17 @@ class Dispatch:
             attempt = rec.attempts[-1]
             attempt.ended_s, attempt.outcome, attempt.detail = self.now(), outcome, detail
 
+    def sent_by(self, client: Client) -> Record | None:
+        """What is in flight for ``client``; for rare cases, as it looks through all."""
+        flows = (flow for flows in self.in_flight.values() for flow in flows)
+        return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
+
     def _awaits(self, rec: Record, decision: Decision) -> bool:
         """Whether it is worth to wait on for a coordinator; the time runs from the first such moment."""
         if not any(name not in rec.hopeless for name in decision.awaits):
             return False
         if rec.awaits_until_s is None:
-            rec.awaits_until_s = self.now() + self.settings.shard.wait_s
+            rec.awaits_until_s = self.now() + self.terms(rec).shard.wait_s
         return self.now() < rec.awaits_until_s
 
     def _comes_back(self, rec: Record) -> bool:
@@ -245,14 +264,9 @@ class Dispatch:
             node.up(now_s)
             and key in node.models
             and node.name not in rec.hopeless
-            and not node.health.admits(len(node.flights))
+            and not node.health.admits(node.own_flights)
             for node in self.fleet
         )
-
-    def sent_by(self, client: Client) -> Record | None:
-        """What is in flight for ``client``; for rare cases, as it looks through all."""
-        flows = (flow for flows in self.in_flight.values() for flow in flows)
-        return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
 
     async def _change(self, rec: Record) -> None:
         """Wait until a node is free or lost, or the client leaves, or it has waited too long."""
@@ -298,10 +312,12 @@ class Dispatch:
     ) -> http.Response:
         return errors.response(rec.protocol, status, message, request_id=rec.id, headers=headers)
 
-    def _nobody(self, decision: Decision) -> str:
+    def _nobody(self, rec: Record, decision: Decision) -> str:
         if not self.fleet.up(self.now()):
             return nobody(self.fleet)
-        why = [f"{c.node}: {c.excluded}" for c in decision.candidates if c.excluded]
+        tried = {attempt.node for attempt in rec.attempts}  # what is wrong with them is what matters
+        out = sorted(decision.candidates, key=lambda each: each.node not in tried)
+        why = [f"{each.node}: {each.excluded}" for each in out if each.excluded]
         if not why:
             return f"no node can serve this request ({names(self.fleet)}): {decision.reason}"
         more = f"; and {len(why) - MANY_EXCLUDED} more" if len(why) > MANY_EXCLUDED else ""

@@ -8,24 +8,30 @@ from collections.abc import Callable
 from mitmproxy import http
 
 from proxy_addon import errors, record
-from proxy_addon.ask import BadRequest, parse
+from proxy_addon.ask import BadRequest
 from proxy_addon.endpoints import match, protocol_of
+from proxy_addon.reading import Reading
+from proxy_addon.settings import Settings
 
 
 class Intake:
     """First addon of the chain."""
 
-    def __init__(self, body_limit_bytes: int, now: Callable[[], float]) -> None:
-        self.body_limit_bytes = body_limit_bytes
+    def __init__(self, settings: Settings, now: Callable[[], float]) -> None:
+        self.settings = settings
         self.now = now
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Requests that come from now on are served under ``settings``."""
+        self.settings = settings
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Open the record: from here on every addon knows what was asked for, and how errors look."""
         path = path_of(flow)
         rec = record.open_for(flow, protocol_of(path), self.now())
-        rec.path, rec.endpoint = path, match(path)
+        rec.path, rec.endpoint, rec.settings = path, match(path), self.settings
         if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
-            rec.body_limit_bytes = self.body_limit_bytes
+            rec.body_limit_bytes = self.settings.guard.body_limit_bytes
         if rec.endpoint is not None and path.rstrip("/") == rec.endpoint.path != path:
             # A node would redirect, and not to here but past the proxy.
             flow.request.path = rec.endpoint.path + flow.request.path.removeprefix(path)
@@ -42,6 +48,7 @@ class Understand:
 
     def __init__(self, ready: asyncio.Event) -> None:
         self.ready = ready  #: every node was looked at once; before that nothing is known of any model
+        self._reading = Reading()
 
     async def request(self, flow: http.HTTPFlow) -> None:
         """Parse the ask; answer what is not understood in the protocol that was spoken."""
@@ -58,9 +65,14 @@ class Understand:
             flow.response.headers["allow"] = ", ".join(sorted(endpoint.methods))
             return
         try:
-            rec.ask = parse(endpoint, rec.path, rec.headers, flow.request.raw_content or b"", rec.client)
+            content = flow.request.raw_content or b""
+            rec.ask = await self._reading.read(endpoint, rec.path, rec.headers, content, rec.client)
         except BadRequest as bad:
             flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
+
+    async def done(self) -> None:
+        """The proxy ends."""
+        await self._reading.close()
 
 
 def path_of(flow: http.HTTPFlow) -> str:

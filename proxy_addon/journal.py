@@ -88,6 +88,10 @@ class Journal:
         found = (note for note in reversed(self.notes) if note["note"] == kind)
         return [note for note, _ in zip(found, range(limit), strict=False)]
 
+    async def keep(self) -> None:
+        """Write what is unwritten, and go on."""
+        await self.file.keep()
+
     async def close(self) -> None:
         """Write what is unwritten."""
         await self.file.close()

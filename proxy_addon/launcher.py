@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 from collections.abc import Coroutine
 from functools import partial
@@ -25,17 +24,17 @@ from mitmproxy.addons import (
     proxyserver,
 )
 
-from agent import notify
+from proxy_addon import ports
 from proxy_addon.chain import Sollol, mitmproxy_options
-from proxy_addon.fleet.discovery import port_conflict
+from proxy_addon.handover import Inherited
+from proxy_addon.lane.front import Lane
 from proxy_addon.lean_addons import LeanAddons
-from proxy_addon.settings import Settings
+from proxy_addon.life import Life
+from proxy_addon.listening import Listening
+from proxy_addon.settings import Settings, Source
+from proxy_addon.sockets import Sockets
 
 log = logging.getLogger("sollol")
-
-#: Connections that may wait to be accepted. mitmproxy leaves it at asyncio's 100: of a burst beyond that each
-#: is dropped without a word, and tried anew by its client's kernel a second later, then three, then seven.
-BACKLOG = 4096
 
 
 class LeanMaster(master.Master):
@@ -48,61 +47,65 @@ class LeanMaster(master.Master):
         startup = errorcheck.ErrorCheck()
         # It ends the process for any error logged meanwhile; only what mitmproxy cannot do is a reason to.
         startup.logger.addFilter(logging.Filter("mitmproxy"))
+        server = proxyserver.Proxyserver()
         self.addons.add(  # type: ignore[no-untyped-call]
             core.Core(),
-            proxyserver.Proxyserver(),
+            server,
             next_layer.NextLayer(),
             disable_h2c.DisableH2C(),
             startup,
             self.sollol,
         )
+        if settings.splice:
+            lane = Lane(self.addons, server, lambda: self.sollol.settings)
+            self.sollol.drain.lane = lane
+            self.addons.add(lane)  # type: ignore[no-untyped-call]
         self.options.update(**mitmproxy_options(settings))
 
 
-def run(settings: Settings) -> int:
-    """Run the proxy until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where it could not listen."""
+def run(settings: Settings, source: Source) -> int:
+    """Run the proxy until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where it could not listen.
+
+    ``settings`` are what was read from ``source``.
+    """
+    log_to_stderr()
+    ports.raise_descriptor_limit()
+    try:
+        sockets, inherited = ports.acquire(settings, 1)
+    except ports.Taken as taken:
+        print(f"sollol proxy: {taken}", file=sys.stderr)  # noqa: T201
+        return 1
+    with asyncio.Runner(loop_factory=_loop) as runner:
+        return runner.run(_serve(settings, source, sockets, inherited))
+
+
+def log_to_stderr(prefix: str = "") -> None:
+    """Log warnings of everybody, and what SOLLOL says."""
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        level=logging.WARNING, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", stream=sys.stderr
     )
     log.setLevel(logging.INFO)
     logging.getLogger("proxy_addon").setLevel(logging.INFO)
-    conflict = port_conflict(settings.listen.host, settings.listen.port)
-    if conflict is not None:
-        print(f"sollol proxy: {conflict}", file=sys.stderr)  # noqa: T201
-        return 1
-    with asyncio.Runner(loop_factory=_loop) as runner:
-        return runner.run(_serve(settings))
 
 
-async def _serve(settings: Settings) -> int:
-    loop = asyncio.get_running_loop()
-    lean = LeanMaster(settings)
-    ending: list[asyncio.Task[None]] = []
-
-    async def end() -> None:
-        notify.notify("STOPPING=1")
-        await lean.sollol.drain.wait(settings.timeouts.drain_s)
-        lean.shutdown()  # type: ignore[no-untyped-call]
-
-    def told_to_end() -> None:
-        if ending:
-            lean.shutdown()  # type: ignore[no-untyped-call]  # the second time: at once
-        else:
-            ending.append(asyncio.create_task(end(), name="drain"))
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP for good
-            loop.add_signal_handler(number, told_to_end)
+async def _serve(settings: Settings, source: Source, sockets: Sockets, inherited: Inherited | None) -> int:
+    listening = Listening(asyncio.get_running_loop(), ports.as_bound(sockets))
+    lean = LeanMaster(ports.bound_to(settings, sockets))
+    lean.sollol.reloader.settings = settings  # as they were read, to be compared with what is read later
+    life = Life(lean, source, listening, inherited)
+    lean.sollol.on_ready = partial(life.offer, sockets)
+    life.begin()
     try:
         await lean.run()
     except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged
         return int(exit_.code or 0)
+    finally:
+        await life.over()
     return 0
 
 
 def _loop() -> asyncio.AbstractEventLoop:
     loop = uvloop.new_event_loop()
-    loop.create_server = partial(loop.create_server, backlog=BACKLOG)  # type: ignore[method-assign]
     make_eager = asyncio.eager_task_factory
 
     def factory(

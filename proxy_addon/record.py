@@ -16,7 +16,7 @@ from proxy_addon.ask import Ask
 from proxy_addon.endpoints import Endpoint, Protocol
 from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement.decision import Decision
-from proxy_addon.settings import ClientClass
+from proxy_addon.settings import ClientClass, Settings
 
 
 @dataclass(slots=True)
@@ -66,6 +66,7 @@ class Record:
     ask: Ask | None = None
     headers: Mapping[str, str] = field(default_factory=dict)  #: as the client sent them; see heads.py
     path: str = ""  #: without query
+    settings: Settings | None = None  #: those in force when it came in; it is served under them
     decisions: list[Decision] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     flight: Flight | None = None

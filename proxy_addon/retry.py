@@ -11,8 +11,10 @@ import re
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from proxy_addon.endpoints import Endpoint, Handling
+from proxy_addon.settings import Settings
 
 
 class Meaning(StrEnum):
@@ -108,6 +110,18 @@ class Budget:
     window_s: float = 10.0
     _requests: deque[float] = field(default_factory=deque)
     _retries: deque[float] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The budget that ``settings`` allow, untouched."""
+        retry = settings.retry
+        return cls(retry.budget_ratio, retry.budget_min_per_s, retry.budget_window_s)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Other bounds; what was counted stays."""
+        retry = settings.retry
+        self.ratio, self.min_per_s = retry.budget_ratio, retry.budget_min_per_s
+        self.window_s = retry.budget_window_s
 
     def request(self, now_s: float) -> None:
         """Count a request."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +22,8 @@ UNWRITTEN_BYTES = 16 << 20  #: a disk that hangs costs the oldest lines, never m
 class RingFile:
     """Appends lines to ``path``, which replaces ``previous_path`` once it has ``file_bytes`` or more.
 
-    Every file begins with ``header``; so does what another process appends to it. Lines without their end
-    (a crash, a full disk) are ended first, so that they spoil no other line.
+    Every file begins with ``header``; so does what another process appends to it, of which several may, in
+    turns. Lines without their end (a crash, a full disk) are ended first, so that they spoil no other line.
     """
 
     def __init__(self, path: Path, previous_path: Path, header: bytes, file_bytes: int) -> None:
@@ -30,7 +31,9 @@ class RingFile:
         self.previous_path = previous_path
         self.lost = 0  #: lines that could not be written
         self._header = header
-        self._headed = False  #: what is appended now stands below our header (the thread's own)
+        self._end: tuple[int, int] | None = None
+        #: the file and its length when we had written last (the thread's own): what is appended there stands
+        #: below our header
         self._file_bytes = file_bytes
         self._unwritten: deque[bytes] = deque()
         self._unwritten_bytes = 0
@@ -60,11 +63,15 @@ class RingFile:
             self._writing = self._writer.submit(self._write, batch)
             self._writing.add_done_callback(self._count_lost)
 
-    async def close(self) -> None:
+    async def keep(self) -> None:
         """Write what is unwritten."""
         await self.written()
         self.flush()
         await self.written()
+
+    async def close(self) -> None:
+        """Write what is unwritten, and no more."""
+        await self.keep()
         self._writer.shutdown()
 
     async def written(self) -> None:
@@ -79,19 +86,32 @@ class RingFile:
         """Append ``batch`` (in the writer's thread). Returns how many lines were lost."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self.path.stat().st_size >= self._file_bytes:
-                self.path.replace(self.previous_path)
-                self._headed = False
-            with self.path.open("ab") as file:
-                if not self._headed:
-                    file.write((b"\n" if file.tell() else b"") + self._header + b"\n")
-                file.writelines(line + b"\n" for line in batch)
-            self._headed = True
+            with _alone_in(self.path.parent):
+                if self.path.exists() and self.path.stat().st_size >= self._file_bytes:
+                    self.path.replace(self.previous_path)
+                with self.path.open("ab") as file:
+                    inode = os.fstat(file.fileno()).st_ino
+                    if (inode, file.tell()) != self._end:
+                        file.write((b"\n" if file.tell() else b"") + self._header + b"\n")
+                    file.writelines(line + b"\n" for line in batch)
+                    file.flush()
+                    self._end = inode, file.tell()
         except OSError as exc:
-            self._headed = False  # it may end in the middle of a line now
+            self._end = None  # it may end in the middle of a line now
             log.warning("%s cannot be written: %s", self.path, exc)
             return len(batch)
         return 0
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that write here from doing so meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_lines(path: Path, previous_path: Path) -> Iterator[bytes]:

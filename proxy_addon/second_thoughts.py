@@ -34,8 +34,6 @@ class SecondThoughts:
         self._take_back = take_back
         self._moving: http.HTTPFlow | None = None
         self._timer: asyncio.TimerHandle | None = None
-        # Of other policies nobody expects that they send a request where it ends first.
-        self._active = dispatch.settings.placement == "finish_time"
 
     def request(self, flow: http.HTTPFlow) -> None:
         """A request was sent, or answered at once."""
@@ -61,7 +59,9 @@ class SecondThoughts:
             self._look_in(0.0)  # others may wait for the same reason
 
     def _look_in(self, delay_s: float) -> None:
-        if self._active and self._timer is None and self._moving is None and self.dispatch.in_flight:
+        # Of other policies nobody expects that they send a request where it ends first.
+        active = self.dispatch.settings.placement == "finish_time"
+        if active and self._timer is None and self._moving is None and self.dispatch.in_flight:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
 
     def _look(self) -> None:

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -37,7 +38,7 @@ from agent.report import NodeKind
 from proxy_addon.analysis import Kind
 from proxy_addon.settings_sources import Layer, SettingsError, dotted, from_file, from_pairs, from_variables
 
-__all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "load"]
+__all__ = ["Address", "NodeSettings", "Settings", "SettingsError", "Source", "load"]
 
 OLLAMA_PORT, SHARD_PORT = 11434, 11436
 SHARD_SCHEME = "shard://"
@@ -425,6 +426,25 @@ def load(
         return Settings.model_validate(layer.values)
     except ValidationError as exc:
         raise SettingsError(_sentence(exc.errors()[0], layer)) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the settings of a process come from, so that they can be read again; see :func:`load`."""
+
+    config_path: Path | None
+    env: Mapping[str, str]
+    sets: Sequence[str] = ()
+    flags: Mapping[str, str | Sequence[str]] | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The file among them, if there is one now."""
+        return self.config_path or _default_file(self.env)
+
+    def read(self) -> Settings:
+        """The settings as they are now. Raises SettingsError."""
+        return load(self.config_path, self.env, self.sets, self.flags)
 
 
 def _default_file(env: Mapping[str, str]) -> Path | None:

@@ -138,6 +138,18 @@ class Telemetry:
             ("action",),
             registry=registry,
         )
+        self._reloads = Counter(
+            "sollol_config_reloads",
+            "Times that the settings were read anew: applied, unchanged, refused.",
+            ("result",),
+            registry=registry,
+        )
+        self._last_reload = Gauge(
+            "sollol_config_last_reload_successful",
+            "Whether the settings could be read the last time: 0 while older ones are in force.",
+            registry=registry,
+        )
+        self._last_reload.set(1)
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
         registry.register(
@@ -183,6 +195,11 @@ class Telemetry:
     def replica_acted(self, action: str) -> None:
         """Count a load, unload or keep of the proxy's own."""
         self._replica_actions.labels(action).inc()
+
+    def reloaded(self, result: str) -> None:
+        """Count a reload of the settings."""
+        self._reloads.labels(result).inc()
+        self._last_reload.set(result != "refused")
 
     def hook_failed(self, hook: str) -> None:
         """Count an exception in ``hook``."""
@@ -240,7 +257,7 @@ class _FleetCollector(Collector):
         in_flight = _per_host("sollol_requests_in_flight", "Requests that are on a node now.")
         for node in self._fleet:
             health.add_metric((node.name,), load.health(node, now_s))
-            in_flight.add_metric((node.name,), len(node.flights))
+            in_flight.add_metric((node.name,), node.own_flights)
             if (free_bytes := load.gpu_free_bytes(node)) is not None:
                 memory.add_metric((node.name,), free_bytes)
         depth = GaugeMetricFamily(

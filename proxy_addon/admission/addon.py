@@ -30,6 +30,10 @@ class Door:
         self.limits = Limits()
         self._inside: set[str] = set()  # ids of the requests that count against their client's limit
 
+    def reconfigure(self, settings: Settings) -> None:
+        """The terms of requests that come from now on."""
+        self.settings = settings
+
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Know the client, and keep its key from the nodes, whatever is asked."""
         rec, classes = record.of(flow), self.settings.clients
@@ -48,7 +52,7 @@ class Door:
         if ask.endpoint.handling is not Handling.ROUTE:
             return
         try:
-            ask.priority = priority(ask.body, rec.headers, of, self.settings.admission)
+            ask.priority = priority(ask.body, rec.headers, of, (rec.settings or self.settings).admission)
             if of is not None:
                 ask.client, ask.weight = rec.client_name, of.weight
                 self.limits.enter(of, ask.client, self.now())

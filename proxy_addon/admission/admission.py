@@ -77,6 +77,12 @@ class Admission:
             raise limits.queue_full(self.settings.max_queue, self._last_wait_s())
         return await self._wait(waiter)
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Go by ``settings`` from now on, also for those who wait."""
+        self.settings = settings
+        self.line.reage(settings.ageing_s)
+        self.wake()
+
     def wake(self) -> None:
         """Something has changed: look soon who can be started."""
         if len(self.line) and not self._pass_due:

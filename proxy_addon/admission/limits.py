@@ -106,6 +106,7 @@ class Limits:
         if of.rate_per_s is not None:
             if here.bucket is None:
                 here.bucket = Bucket(of.rate_per_s, of.burst, of.burst, now_s)
+            here.bucket.rate_per_s, here.bucket.burst = of.rate_per_s, of.burst  # as they are by now
             if (wait_s := here.bucket.take(now_s)) > 0:
                 text = f"{of.name} may ask {of.rate_per_s:g} times a second, {of.burst} times at once"
                 raise Refused(429, "rate", text, wait_s)

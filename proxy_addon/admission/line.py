@@ -127,6 +127,18 @@ class Line[T: Item]:
         if flow.items[0] is item:
             self._came_up(level, flow, now_s)
 
+    def reage(self, ageing_s: float) -> None:
+        """Let waiting be worth one priority every ``ageing_s``, for those who wait as well."""
+        if ageing_s == self.ageing_s:
+            return
+        self.ageing_s = ageing_s
+        for level in self._levels.values():
+            for *_, flow in level.order:
+                head = flow.items[0]
+                assert head.since_s is not None
+                flow.key = _key(level.priority, ageing_s, head, head.since_s, flow.tag, flow)
+            level.order = sorted(flow.key for *_, flow in level.order if flow.key is not None)
+
     def start(self, item: T, now_s: float) -> None:
         """Take ``item`` out because it is served: its client is charged, once. Raises KeyError."""
         level, flow = self._levels[item.priority], self._flow(item)

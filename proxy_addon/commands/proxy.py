@@ -45,7 +45,7 @@ def proxy(
 ) -> None:
     """Serve the whole fleet as one Ollama server."""
     # Imported here, for `sollol proxy --help` needs none of mitmproxy.
-    from proxy_addon.settings import SettingsError, load
+    from proxy_addon.settings import SettingsError, Source
 
     given: dict[str, str | list[str] | None] = {
         "--listen": listen,
@@ -53,12 +53,12 @@ def proxy(
         "--mode": mode,
         "--state-dir": str(state_dir) if state_dir else None,
     }
+    flags = {flag: value for flag, value in given.items() if value}
+    source = Source(config, os.environ, sets or (), flags)
     try:
-        settings = load(
-            config, os.environ, sets or (), {flag: value for flag, value in given.items() if value}
-        )
+        settings = source.read()
     except SettingsError as mistake:
         fail("proxy", mistake, 2)
     from proxy_addon.launcher import run
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, source))

@@ -90,7 +90,14 @@ def render(answer: dict[str, Any]) -> RenderableType:
     remarks = [Text(f"{row['name']}: {each}", "yellow") for row in nodes for each in row["remarks"]]
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
     pins = [Text(f"{row['why']}.", "yellow") for row in answer["pins"] if row["why"]]
-    return Group(head, table, *remarks, *reasons, *pins, *_queue(answer), *load_lines(nodes))
+    return Group(head, *_reload(answer), table, *remarks, *reasons, *pins, *_queue(answer), *load_lines(nodes))
+
+
+def _reload(answer: dict[str, Any]) -> list[Text]:
+    """What became of the last change of the settings, if there was one."""
+    last = answer.get("reload")
+    style = "red" if last and last["result"] == "refused" else "dim"
+    return [Text(f"{last['at']}: {last['said']}", style)] if last else []
 
 
 def _queue(answer: dict[str, Any]) -> list[Text]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -149,20 +150,24 @@ class Discovery:
         self._announced: dict[str, Node] = {}  #: node id → the node that we added for it
         self._wrong: set[str] = set()
         self._stack = AsyncExitStack()
+        self._browsing = False
         self._refresher: asyncio.Task[None] | None = None
+        self._reconfigured = asyncio.Event()  #: set: names are resolved at once
+        self.on_found: Callable[[], None] = lambda: None  #: called after each look for nodes
 
     async def start(self) -> None:
         """Find the nodes that are named (resolving takes 3 s at most), then go on in the background."""
-        self._origins, notes = origins(self.settings, self._environ)
-        for note in notes:
-            log.warning(note)
+        self._name_origins()
         await self.refresh()
-        if self.settings.discovery.mdns:
-            try:
-                await self._stack.enter_async_context(self._browse(self.announced))
-            except OSError as error:
-                log.warning("Nodes are not looked for by mDNS: %s.", error.strerror or error)
+        await self._browse_as_set()
         self._refresher = defects.keep_running("discovery", self._refresh_always)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take leave of nodes that ``settings`` name no more, and look soon for those that are new there."""
+        self.settings = settings
+        self._name_origins()
+        self._take_leave(self._wanted().keys())
+        self._reconfigured.set()
 
     async def stop(self) -> None:
         """End it; the fleet stays as it is. Safe to call twice."""
@@ -174,17 +179,68 @@ class Discovery:
     async def refresh(self) -> None:
         """Resolve all names now, add what is new and take leave of what is gone."""
         await asyncio.gather(*(self._look_up(host) for host in {o.named.host for o in self._origins}))
+        wanted = self._wanted()
+        self._take_leave(wanted.keys())
+        for name, node in wanted.items():
+            self._named[name] = self._known_as(node)
+            self._named[name].leaving = False
+        self._remove_idle()
+        self.on_found()
+
+    def _wanted(self) -> dict[str, Node]:
+        """The nodes behind what is named, by the addresses that are known."""
         wanted: dict[str, Node] = {}
         for origin in self._origins:
             for node in nodes_of(origin, self._addresses.get(origin.named.host, [])):
                 if not self._is_self(node, origin):
                     wanted.setdefault(node.name, node)
-        for name in self._named.keys() - wanted.keys():
+        return wanted
+
+    def _take_leave(self, stay: Set[str]) -> None:
+        for name in self._named.keys() - stay:
             self._named.pop(name).leaving = True
-        for name, node in wanted.items():
-            self._named[name] = self.fleet.add(node)
-            self._named[name].leaving = False
         self._remove_idle()
+
+    def _known_as(self, node: Node) -> Node:
+        """The fleet's node of that name, with what ``node`` says of it by now."""
+        known = self.fleet.add(node)
+        if known is node:
+            return node
+        if known.kind != node.kind:  # another server by now; what is in flight there ends with the old one
+            self.fleet.remove(known)
+            return self.fleet.add(node)
+        if known.source == "mdns":
+            known.source = node.source
+            self._announced = {key: each for key, each in self._announced.items() if each is not known}
+        known.priority, known.preferred_tasks = node.priority, node.preferred_tasks
+        known.agent_url = node.agent_url or known.agent_url
+        known.parallel_known = node.parallel_known
+        if node.parallel_known:
+            known.parallel = node.parallel
+        return known
+
+    def _name_origins(self) -> None:
+        self._origins, notes = origins(self.settings, self._environ)
+        for note in notes:
+            log.warning(note)
+
+    async def _browse_as_set(self) -> None:
+        """Listen for announcements if, and only if, the settings want it."""
+        wanted = self.settings.discovery.mdns
+        if wanted == self._browsing:
+            return
+        self._browsing = wanted
+        if not wanted:
+            await self._stack.aclose()
+            for node in self._announced.values():
+                node.leaving = True
+            self._announced.clear()
+            self._remove_idle()
+            return
+        try:
+            await self._stack.enter_async_context(self._browse(self.announced))
+        except OSError as error:
+            log.warning("Nodes are not looked for by mDNS: %s.", error.strerror or error)
 
     def announced(self, node_id: str, announcement: announce.Announced | None) -> None:
         """Take note of what mDNS tells: a node that appears or changes, or (None) one that leaves."""
@@ -252,11 +308,15 @@ class Discovery:
 
     def _remove_idle(self) -> None:
         for node in list(self.fleet):
-            if node.leaving and not node.flights:
+            if node.leaving and not node.own_flights:
                 log.info("%s is no longer part of the fleet.", node.name)
                 self.fleet.remove(node)
 
     async def _refresh_always(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.discovery.dns_refresh_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.discovery.dns_refresh_s):
+                    await self._reconfigured.wait()
+            self._reconfigured.clear()
+            await self._browse_as_set()
             await self.refresh()

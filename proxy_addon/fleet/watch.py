@@ -34,6 +34,12 @@ class Watch:
         """Defects that ended a round of some node, each of them in the log."""
         return sum(watch.errors for watch in self._watched.values())
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Poll by ``settings`` from now on."""
+        self.settings = settings
+        for watch in self._watched.values():
+            watch.reconfigure(settings)
+
     def start(self) -> None:
         """Begin to poll the fleet's nodes, and those that are added later."""
         self._follower = defects.keep_running("watch", self._follow_always)

@@ -78,6 +78,10 @@ class OneServer:
             "/api/push": self._push,
         }
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Go by ``settings`` from now on."""
+        self._settings = settings
+
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Send a blob on to its node as it comes in, or say at once that the node has it."""
         rec = record.of(flow)

@@ -39,6 +39,10 @@ class Hands:
         self._session, self._now, self._stamp, self._refresh = session, now, stamp, refresh
         self._embeds: set[str] = set()  #: models that only embed, which another endpoint loads
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Other limits and times from now on."""
+        self.settings = settings
+
     async def do(self, action: Action) -> Answer:
         """Carry ``action`` out; what the node said to it."""
         node = self.fleet.nodes[action.node]

@@ -25,6 +25,7 @@ from proxy_addon.replicas.actions import Action, Keep, Load
 from proxy_addon.replicas.hands import Hands
 from proxy_addon.replicas.pins import PAUSE_S, Past, Pin, hold
 from proxy_addon.replicas.plan import State, due, plan
+from proxy_addon.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Keeper:
     ) -> None:
         self.hands, self.rules = hands, rules
         self.fleet, self.speeds, self.settings = hands.fleet, hands.speeds, hands.settings
-        self.pins = {Pin(pin.model, pin.node): Past() for pin in self.settings.pin}
+        self.pins = {pin: Past() for pin in _pins(self.settings)}
         self.state = State()
         self._now, self._note, self._count, self._waiting = now, note, count, waiting
         self._said: dict[Pin, str] = {}  #: what is wrong with a pin, as it was logged
@@ -65,19 +66,35 @@ class Keeper:
         self._loaded_s: dict[str, float] = {}  #: node → when our last load there ended
         self._timer: asyncio.TimerHandle | None = None
         self._next_look_s = -math.inf  #: the earliest
-        self._running = False
+        self._started = False
+        self._running = False  #: started, and there is something to do
 
     def start(self) -> None:
-        """Begin, if there is anything to do at all: every node was looked at once."""
-        if self.pins or self.settings.replicas == "auto":
-            self._running = True
-            self.fleet.on_news.append(lambda _: self.stir())
-            self.fleet.on_lost.append(self._lost)
-            self.stir()
+        """Begin: every node was looked at once."""
+        self.fleet.on_news.append(lambda _: self.stir())
+        self.fleet.on_lost.append(self._lost)
+        self._started = True
+        self._resume()
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Hold the pins of ``settings`` from now on; what is known of those that stay is kept."""
+        self.settings, self.rules = settings, Rules.of(settings)
+        self.pins = {pin: self.pins.get(pin, Past()) for pin in _pins(settings)}
+        self._said = {pin: said for pin, said in self._said.items() if pin in self.pins}
+        if settings.replicas == "off":
+            self.state, self.fleet.replicas = State(), []
+        if self._running:
+            self._look()  # once more, should there be nothing left to do: no node holds pins of ours then
+        self._resume()
+
+    def _resume(self) -> None:
+        """Look, if there is anything to do at all."""
+        self._running = self._started and bool(self.pins or self.settings.replicas == "auto")
+        self.stir()
 
     async def stop(self) -> None:
         """Act no more; a load under way is given up. Safe to call twice."""
-        self._running = False
+        self._started = self._running = False
         if self._timer is not None:
             self._timer.cancel()
         acting = dict(self._tasks)
@@ -232,6 +249,10 @@ class Keeper:
             log.info("%s %s on %s: %s; %s.", action.name, model, action.node, action.reason, outcome)
             made = {"action": action.name, "model": model, "node": action.node, "reason": action.reason}
             self._note(KIND, made | {"outcome": outcome, "duration_s": round(ended_s - begun_s, 3)})
+
+
+def _pins(settings: Settings) -> list[Pin]:
+    return [Pin(pin.model, pin.node) for pin in settings.pin]
 
 
 def _row(pin: Pin, home: str | None, resident: bool, loading: bool, why: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.journal import Journal
 from proxy_addon.placement.decision import Decision
+from proxy_addon.reload import Reloader
 from proxy_addon.settings import Settings
 from proxy_addon.telemetry import Telemetry
 from tests.proxy.test_telemetry import KEY, NOW_S, chat, fleet, record
@@ -48,7 +49,8 @@ def admin(fleet: Fleet, tmp_path: Path) -> Iterator[Admin]:
     telemetry = Telemetry(fleet, lambda: NOW_S)
     admission = Admission(fleet, Settings().admission, no_decision, lambda *_: None, lambda: NOW_S)
     telemetry.depth = admission.line.depth
-    yield Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings(), admission)))
+    reloader = Reloader(Settings(), lambda _: None)
+    yield Admin(fleet, Journal(tmp_path), telemetry, cast(Dispatch, StandIn(Settings(), admission)), reloader)
 
 
 def ask(admin: Admin, path: str, method: str = "GET") -> http.Response | None:

@@ -1,4 +1,4 @@
-"""The end of a real proxy process: answers in progress finish, nothing new begins; twice is at once."""
+"""The end of a real proxy process: what has come is served, connections end one by one; twice is at once."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tests.proxy.asks import BY_NAME, ask
 from tests.proxy.running import RunningProxy
 
 PROMPT = "[[id:drain]] [[n:40]]"
+#: By our own data plane, and by mitmproxy's layers.
+WAYS = pytest.mark.parametrize("way", ["splice=true", "splice=false"])
 
 
 @asynccontextmanager
@@ -66,18 +68,113 @@ async def test_an_answer_in_progress_is_let_finish(
 ) -> None:
     node = await ollama_node()
     async with proxy_process(node, tmp_path) as (process, url), aiohttp.ClientSession() as session:
-        await asyncio.gather(*(ask(session, url, BY_NAME["chat"], PROMPT) for _ in range(2)))  # two are kept
         node.hold_tokens()
         streaming = asyncio.create_task(ask(session, url, BY_NAME["generate"], PROMPT))
         await node.wait_received(1, path="/api/generate")
         process.send_signal(number)
         await closed(url)
-        refused = await ask(session, url, BY_NAME["chat"], PROMPT)
-        assert (refused.status, refused.error) == (503, "SOLLOL is shutting down")
         node.go_on()
         heard = await streaming
         assert heard.ended and not heard.error
         check_stream(heard.text, PROMPT)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+
+
+async def reach(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+
+
+async def version(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, more: str = "") -> bytes:
+    """The head of the answer to one request; its body is read."""
+    writer.write(f"GET /api/version HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(row for row in head.lower().split(b"\r\n") if row.startswith(b"content-length:"))
+    await reader.readexactly(int(length.split(b":")[1]))
+    return head
+
+
+@WAYS
+async def test_a_kept_connection_is_served_once_more_and_told_to_close(
+    ollama_node: NodeFactory, tmp_path: Path, way: str
+) -> None:
+    node = await ollama_node()
+    async with proxy_process(node, tmp_path, way) as (process, url), aiohttp.ClientSession() as session:
+        kept = await reach(url)
+        assert b"close" not in (await version(*kept)).lower()
+        node.hold_tokens()
+        streaming = asyncio.create_task(ask(session, url, BY_NAME["generate"], PROMPT))
+        await node.wait_received(1, path="/api/generate")
+        process.send_signal(signal.SIGTERM)
+        await closed(url)
+        head = (await version(*kept)).lower()
+        assert head.startswith(b"http/1.1 200 ") and b"connection: close" in head
+        assert await kept[0].read() == b""
+        node.go_on()
+        assert (await streaming).ended
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+        kept[1].close()
+
+
+@WAYS
+async def test_an_idle_connection_is_closed_and_holds_nothing_up(
+    ollama_node: NodeFactory, tmp_path: Path, way: str
+) -> None:
+    node = await ollama_node()
+    async with proxy_process(node, tmp_path, way) as (process, url):
+        fresh, kept = await reach(url), await reach(url)
+        await version(*kept)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            assert await fresh[0].read() == await kept[0].read() == b""
+            assert await process.wait() == 0
+        fresh[1].close()
+        kept[1].close()
+
+
+@WAYS
+async def test_who_waits_in_line_is_served(ollama_node: NodeFactory, tmp_path: Path, way: str) -> None:
+    node = await ollama_node()
+    async with proxy_process(node, tmp_path, way) as (process, url), aiohttp.ClientSession() as session:
+        node.hold_tokens()
+        asked = [asyncio.create_task(ask(session, url, BY_NAME["chat"], PROMPT)) for _ in range(3)]
+        await node.wait_received(1, path="/api/chat")
+        await waiting(session, url, 2)
+        process.send_signal(signal.SIGTERM)
+        await closed(url)
+        node.go_on()
+        for heard in await asyncio.gather(*asked):
+            assert heard.ended and not heard.error
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+
+
+async def waiting(session: aiohttp.ClientSession, url: str, count: int) -> None:
+    """Return once so many wait in the proxy's line."""
+    async with asyncio.timeout(20):
+        while True:
+            async with session.get(f"{url}/sollol/queue") as response:
+                if len((await response.json())["queue"]) == count:
+                    return
+
+
+async def test_who_still_waits_at_the_limit_is_told_in_its_protocol(
+    ollama_node: NodeFactory, tmp_path: Path
+) -> None:
+    node = await ollama_node()
+    async with (
+        proxy_process(node, tmp_path, "timeouts.drain_s=0.5") as (process, url),
+        aiohttp.ClientSession() as session,
+    ):
+        node.hold_tokens()
+        first = asyncio.create_task(ask(session, url, BY_NAME["chat"], PROMPT))
+        await node.wait_received(1, path="/api/chat")
+        second = asyncio.create_task(ask(session, url, BY_NAME["openai"], PROMPT))
+        await waiting(session, url, 1)
+        process.send_signal(signal.SIGTERM)
+        for heard in await asyncio.gather(first, second):
+            assert heard.status == 503 and heard.error and "SOLLOL is shutting down" in heard.error
         async with asyncio.timeout(20):
             assert await process.wait() == 0
 
@@ -113,7 +210,7 @@ async def test_who_is_cut_off_at_the_limit_is_told_in_its_protocol(
     ):
         streaming = asyncio.create_task(ask(session, url, BY_NAME["generate"], endless))
         await node.wait_until(lambda: any(r.chunks > 2 for r in node.requests("/api/generate")))
-        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
         heard = await streaming
         assert heard.error and "SOLLOL is shutting down" in heard.error
         assert not heard.broken and not heard.ended

@@ -41,7 +41,7 @@ def flow(
 
 
 def enter(by: Guard, asked: http.HTTPFlow) -> record.Record:
-    Intake(by.settings.guard.body_limit_bytes, lambda: 0.0).requestheaders(asked)
+    Intake(by.settings, lambda: 0.0).requestheaders(asked)
     by.requestheaders(asked)
     seen = record.of(asked)
     assert seen is not None
