@@ -134,7 +134,8 @@ def _values(candidate: Candidate, terms: list[str]) -> list[float | None]:
     named = candidate.terms
     values = [candidate.cost, *(named.values() if list(named) == terms else map(named.get, terms))]
     try:
-        return [round(value * 1e6) / 1e6 for value in values]  # a quarter of the time of round(value, 6)
+        # A quarter of the time of round(value, 6), and most of them are 0.
+        return [value and round(value * 1e6) / 1e6 for value in values]
     except (TypeError, OverflowError, ValueError):
         return [value if value is not None and isfinite(value) else None for value in values]
 

@@ -32,6 +32,7 @@ class Decision:
     __slots__ = (
         "_candidates",
         "_chosen",
+        "_costs",
         "_how",
         "_out",
         "_reason",
@@ -40,6 +41,7 @@ class Decision:
         "left",
         "node",
         "policy",
+        "row",
         "rows",
     )
 
@@ -59,10 +61,13 @@ class Decision:
         self.ask = ask  #: what the policy read of the request
         self.rows = rows  #: and of each candidate that has a cost
         self.left = 0  #: nodes that might serve it as well, but could not win and were not worked out
+        #: what was known of the chosen node
+        self.row = next((row for row in rows if row.node == node), None) if rows else None
         self._how: Policy | None = None
         self._out: Sequence[tuple[str, str]] = ()
+        self._costs: Sequence[float] = ()  # of the rows
         self._candidates: tuple[Candidate, ...] | None = tuple(candidates)
-        self._chosen = next((c for c in candidates if c.node == node), None)
+        self._chosen = next((c for c in candidates if c.node == node), None) if candidates else None
         self._reason = reason
 
     @classmethod
@@ -72,38 +77,37 @@ class Decision:
         how: Policy,
         ask: AskFeatures,
         rows: Sequence[Features],
+        costs: Sequence[float],
         chosen: int | None,
         out: Sequence[tuple[str, str]] = (),
         remark: str = "",
         awaits: tuple[str, ...] = (),
         left: int = 0,
     ) -> Decision:
-        """``how``'s choice among ``rows``, that at ``chosen``; ``out`` are the others, each with the reason.
+        """``how``'s choice among ``rows`` at ``costs``, that at ``chosen``; ``out`` are the others, and why.
 
         ``remark`` is added to the reason; it is all of it where nobody is chosen.
         """
-        made = cls(policy, None if chosen is None else rows[chosen].node, (), remark, awaits, ask, rows)
-        made._how, made._out, made._candidates, made.left = how, out, None, left
+        made = cls(policy, None, (), remark, awaits, ask)
+        if chosen is not None:
+            made.row = row = rows[chosen]
+            made.node = row.node
+            made._chosen = Candidate(row.node, None, costs[chosen], how.terms(ask, row), row.notes)
+        made.rows, made._costs, made.left = rows, costs, left
+        made._how, made._out, made._candidates = how, out, None
         return made
-
-    @property
-    def row(self) -> Features | None:
-        """What was known of the chosen node."""
-        return next((row for row in self.rows if row.node == self.node), None)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every node that was looked at."""
         if self._candidates is None:
             out = [Candidate(node, excluded=why) for node, why in self._out]
-            self._candidates = (*out, *(self._candidate(row) for row in self.rows))
+            self._candidates = (*out, *map(self._candidate, self.rows, self._costs))
         return self._candidates
 
     @property
     def chosen(self) -> Candidate | None:
         """The winning candidate."""
-        if self._chosen is None and (row := self.row) is not None:
-            self._chosen = self._candidate(row)
         return self._chosen
 
     @property
@@ -140,13 +144,16 @@ class Decision:
         return self.row.need_bytes if self.row is not None else 0
 
     def _sum(self, *names: str) -> float:
-        terms = self.chosen.terms if self.chosen else {}
-        return sum(terms.get(name, 0.0) for name in names)
+        if self._chosen is None:
+            return 0.0
+        terms = self._chosen.terms
+        return sum([terms.get(name, 0.0) for name in names])
 
-    def _candidate(self, row: Features) -> Candidate:
+    def _candidate(self, row: Features, cost: float) -> Candidate:
+        if row is self.row and self._chosen is not None:
+            return self._chosen
         assert self._how is not None and self.ask is not None
-        terms = self._how.terms(self.ask, row)
-        return Candidate(row.node, None, self._how.cost(self.ask, row), terms, row.notes)
+        return Candidate(row.node, None, cost, self._how.terms(self.ask, row), row.notes)
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""

@@ -44,10 +44,14 @@ def choose(policy: str, ask: AskFeatures, rows: Sequence[Features]) -> int:
     """
     if not rows:
         raise ValueError("nobody to choose from")
-    cost, lowest, chosen = POLICIES[policy].cost, float("inf"), 0
-    for index, row in enumerate(rows):
-        found = cost(ask, row)
-        if found < lowest or (found == lowest and row.turn < rows[chosen].turn):
+    cost = POLICIES[policy].cost
+    return _cheapest([cost(ask, row) for row in rows], rows)
+
+
+def _cheapest(costs: Sequence[float], rows: Sequence[Features]) -> int:
+    lowest, chosen = float("inf"), 0
+    for index, found in enumerate(costs):
+        if found < lowest or (found == lowest and rows[index].turn < rows[chosen].turn):
             lowest, chosen = found, index
     return chosen
 
@@ -185,12 +189,14 @@ def _among(
     _search(search, places, rules, rules.embeddings_max_vram_bytes)
     if not search.rows:
         why = _nobody(ask, fleet, search.out)
-        return Decision.by(policy, how, asked, (), None, search.out, why, awaits)
+        return Decision.by(policy, how, asked, (), (), None, search.out, why, awaits)
     remark = f"; {diverted}" if diverted else ""
     if search.left:
         remark += f"; {search.left} more nodes cannot be better"
-    chosen = choose(policy, asked, search.rows)
-    return Decision.by(policy, how, asked, search.rows, chosen, search.out, remark, left=search.left)
+    rows = search.rows
+    costs = [how.cost(asked, row) for row in rows]
+    chosen = _cheapest(costs, rows)
+    return Decision.by(policy, how, asked, rows, costs, chosen, search.out, remark, left=search.left)
 
 
 def _search(search: _Search, places: list[Place], rules: Rules, limit_bytes: int | None) -> None:
