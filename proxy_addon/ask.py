@@ -20,6 +20,9 @@ from proxy_addon.prefix import Prefix, prefix_of
 from proxy_addon.prompt import parts_of, question
 
 ZSTD_LIMIT_BYTES = 20 << 20  #: Ollama's own cap on a decoded /v1 body
+ORDER_LIMIT_BYTES = (
+    1 << 20
+)  #: of a body without a prompt, such as a pull's; a create's licences are far shorter
 LARGEST_INT = (1 << 63) - 1  #: that of Ollama, and of the JSON in which the journal is written
 
 #: Options that make Ollama reload a runner when they change (``server/sched.go`` ``needsReload``), and their
@@ -93,7 +96,7 @@ class Ask:
             self.usual = usual
             found = {name: value for name, value in usual if name not in self.plain}
             self.reload_key = tuple(sorted((found | dict(self.reload_key)).items()))
-            self.num_ctx = _num_ctx(self.reload_key)
+            self.num_ctx = num_ctx_of(self.reload_key)
 
 
 def parse(endpoint: Endpoint, path: str, headers: Mapping[str, str], content: bytes, client: str) -> Ask:
@@ -111,6 +114,10 @@ def parse(endpoint: Endpoint, path: str, headers: Mapping[str, str], content: by
         return _name(ask, _form_field(headers.get("content-type", ""), content, "model"))
     if endpoint.handling is Handling.ANSWER or endpoint.path in _OPAQUE:
         return ask
+    if endpoint.handling is not Handling.ROUTE and len(content) > ORDER_LIMIT_BYTES:
+        raise BadRequest(
+            413, f"a request body of {endpoint.path} is at most {ORDER_LIMIT_BYTES >> 20} MiB long"
+        )
     body = ask.body = _json(endpoint, headers, content)
     ask.stream = _typed(body, "stream", bool, endpoint.stream_default)
     if endpoint.path == "/api/copy":
@@ -195,12 +202,12 @@ def _inference(ask: Ask, body: Mapping[str, Any]) -> None:
     named = _runner_options(options, body if native else {})
     ask.reload_key = normal(named)
     ask.plain = frozenset(named.keys() - dict(ask.reload_key).keys())
-    ask.num_ctx = _num_ctx(ask.reload_key)
+    ask.num_ctx = num_ctx_of(ask.reload_key)
     limit = _int(options, "num_predict")
     for name in () if native else ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         limit = limit if limit is not None else _int(body, name)
     ask.max_tokens = limit if limit is not None and limit >= 0 else None
-    ask.keep_alive = body.get("keep_alive")
+    ask.keep_alive = _scalar(body.get("keep_alive"))
     ask.tools = len(_typed(body, "tools", list, []))
     if native and ask.task is Task.GENERATE:
         messages = _typed(body, "messages", list, [])
@@ -245,8 +252,14 @@ def normal(options: Mapping[str, int | bool]) -> ReloadKey:
     )
 
 
-def _num_ctx(reload_key: ReloadKey) -> int | None:
+def num_ctx_of(reload_key: ReloadKey) -> int | None:
+    """The context that is asked for, None where it is not."""
     return next((int(value) for name, value in reload_key if name == "num_ctx"), None)
+
+
+def _scalar(value: Any) -> Any:
+    """``value``, if it is not a whole tree: what outlives the body must be small."""
+    return value if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 64) else None
 
 
 def _is_zero(keep_alive: Any) -> bool:
@@ -262,7 +275,7 @@ def _form_field(content_type: str, content: bytes, name: str) -> str:
         BadRequest: if the body is no multipart form with a boundary.
     """
     kind, boundary = _parameter(content_type, "boundary")
-    if kind != "multipart/form-data" or not boundary:
+    if kind != "multipart/form-data" or not boundary or len(boundary) > 70:  # RFC 2046 §5.1.1
         raise BadRequest(400, "expected a multipart/form-data body with a boundary")
     for part in content.split(b"--" + boundary.encode()):
         head, separator, value = part.partition(b"\r\n\r\n")

@@ -27,6 +27,17 @@ DIGEST_BYTES = 16
 _KEY = secrets.token_bytes(32)
 
 
+def key() -> bytes:
+    """What the hashes are keyed with."""
+    return _KEY
+
+
+def use_key(of: bytes) -> None:
+    """Make hashes as the process does whose key ``of`` is."""
+    global _KEY
+    _KEY = of
+
+
 def prefix_of(parts: Iterable[Part]) -> Prefix:
     """The chain of the prompt that consists of ``parts``."""
     chain = blake2b(key=_KEY, digest_size=DIGEST_BYTES)
