@@ -1,27 +1,28 @@
-"""The agent's HTTP server: ``/v1/report``, ``/metrics``, ``/healthz``.
+"""The agent's HTTP server: ``/v1/report``, ``/v1/in-flight``, ``/metrics``, ``/healthz``.
 
-All of it is reading. The one thing that a caller can change is its own count of requests in flight, and that
-is believed only from this machine or with the agent's token.
+All of it is reading but ``/v1/in-flight``: there a proxy says what it has on this node, for others to reckon
+with. That is open only from this machine or with the agent's token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from agent import in_flight, metrics
+from agent import in_flight, metrics, sharing
 from agent.pages import keep_out
 from agent.report import Report
 from agent.sampler import NotReady
@@ -54,12 +55,13 @@ def make_app(
 ) -> web.Application:
     """Return the agent's application, for a server that listens on these hosts.
 
-    With ``token``, a caller who sends an ``Authorization: Bearer`` must send that one; callers without are
-    served, but only those of this machine are believed.
+    With ``token``, a caller who sends an ``Authorization: Bearer`` must send that one; callers without may
+    read, but only those of this machine may share what they have in flight.
     """
     agent = _Agent(reporter, token, clock)
     app = web.Application(middlewares=[agent.say_errors_as_json])
     app.add_routes(agent.routes())
+    app.on_shutdown.append(agent.close)
     keep_out(app, lambda _, sentence: _error(403, sentence), listens_on=listens_on)
     return app
 
@@ -87,8 +89,9 @@ class _Agent:
         self._reporter = reporter
         self._token = token
         self._clock = clock
-        self._in_flight = in_flight.InFlight()
-        self._said_ignored = False
+        self._shares = in_flight.Shares()
+        self._sockets: set[web.WebSocketResponse] = set()
+        self._said_refused = False
         self._registry = CollectorRegistry()
         for collect in (self._metrics, more):
             if collect is not None:
@@ -97,43 +100,56 @@ class _Agent:
         self._errors = Counter(
             "sollol_agent_errors", "Requests that ended in a fault of the agent.", registry=self._registry
         )
-        self._ignored = Counter(
-            "sollol_agent_in_flight_ignored",
-            "Counts of requests in flight that came from afar without the token.",
+        self._refused = Counter(
+            "sollol_agent_in_flight_refused",
+            "Proxies that were refused to share what is in flight: from afar, without the token.",
             registry=self._registry,
         )
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v1/report", self._report),
+            web.get(in_flight.PATH, self._share),
             web.get("/metrics", self._scrape),
             web.get("/healthz", self._healthz),
         ]
 
     async def _report(self, request: web.Request) -> web.Response:
-        self._hear(request)
-        report = self._reporter.report(self._in_flight.total(self._clock()))
+        self._authenticated(request)  # who sends a token must send the right one
+        report = self._reporter.report(self._shares.total())
         return web.Response(text=report.model_dump_json(), content_type="application/json")
 
-    def _hear(self, request: web.Request) -> None:
-        authenticated = self._authenticated(request)
-        told = request.headers.get(in_flight.HEADER)
-        if told is None:
-            return
+    async def _share(self, request: web.Request) -> web.StreamResponse:
+        if not self._authenticated(request) and not is_loopback(request):
+            self._refuse(request)
         try:
-            proxy_id, requests = in_flight.parse(told)
+            name = in_flight.proxy_id(request.query.get("proxy", ""))
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        if authenticated or is_loopback(request):
-            self._in_flight.tell(proxy_id, requests, self._clock())
-            return
-        self._ignored.inc()
-        if not self._said_ignored:  # once: a proxy polls every second
-            self._said_ignored = True
-            logger.warning(
-                "ignoring requests in flight told by %s: from another machine they need the token",
-                request.remote,
-            )
+        if not self._shares.has_room_for(name):
+            raise web.HTTPServiceUnavailable(text="too many proxies share this node already")
+        socket = web.WebSocketResponse(
+            heartbeat=in_flight.HEARTBEAT_S, max_msg_size=in_flight.LONGEST_BYTES, compress=False
+        )
+        await socket.prepare(request)
+        self._sockets.add(socket)
+        try:
+            await sharing.attend(socket, self._shares, name, self._clock)
+        finally:
+            self._sockets.discard(socket)
+        return socket
+
+    async def close(self, _: web.Application) -> None:
+        """Let proxies know that it ends, instead of waiting for them."""
+        closing = (socket.close(code=WSCloseCode.GOING_AWAY) for socket in self._sockets)
+        await asyncio.gather(*closing, return_exceptions=True)
+
+    def _refuse(self, request: web.Request) -> NoReturn:
+        self._refused.inc()
+        if not self._said_refused:  # once: a proxy tries again and again
+            self._said_refused = True
+            logger.warning("a proxy at %s may not share what is in flight without the token", request.remote)
+        raise web.HTTPForbidden(text="to share what is in flight from another machine takes the token")
 
     def _authenticated(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -156,7 +172,7 @@ class _Agent:
     def _metrics(self) -> Iterator[Metric]:
         yield metrics.failures(self._reporter.parts)
         try:
-            report = self._reporter.report(self._in_flight.total(self._clock()))
+            report = self._reporter.report(self._shares.total())
         except NotReady:
             return
         yield from metrics.from_report(report)
@@ -201,7 +217,8 @@ def _sentence(request: web.Request, error: web.HTTPException) -> str:
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"{request.path} allows {', '.join(sorted(error.allowed_methods))}, not {request.method}"
     if isinstance(error, web.HTTPNotFound):
-        return f"there is no {request.path}; this agent has /v1/report, /metrics and /healthz"
+        known = ", ".join(("/v1/report", in_flight.PATH, "/metrics", "/healthz"))
+        return f"there is no {request.path}; this agent has {known}"
     return error.text or error.reason
 
 

@@ -66,7 +66,7 @@ def status(
         "status": condition(fleet, now_s),
         "policy": policy,
         "requests": telemetry.finished,
-        "in_flight": sum(len(node.flights) for node in fleet),
+        "in_flight": sum(node.own_flights for node in fleet),
         "queue_depth": sum(telemetry.depth().values()),
         "queue": queue(islice(standings, AT_A_GLANCE)),
         "pins": fleet.pins,
@@ -107,7 +107,8 @@ def _node(node: Node, tally: Tally, now_s: float) -> dict[str, Any]:
         "why": why,
         "version": node.version,
         "parallel": node.parallel,
-        "in_flight": len(node.flights),
+        "in_flight": node.own_flights,
+        "in_flight_elsewhere": len(node.foreign),  # of other proxies, as the agent tells
         "served": tally.served,
         "failed": tally.failed,
         "success_rate": round(tally.success_rate(), 4),

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from yarl import URL
 
-from agent.in_flight import HEADER as IN_FLIGHT_HEADER
 from agent.report import Report
 from proxy_addon.fleet import slots
 from proxy_addon.fleet.node import Node
 from proxy_addon.fleet.polls import Http, PollFailed, ReportTooNew, fetch, parse_report
+from proxy_addon.fleet.shares import Share
 from proxy_addon.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,20 +30,24 @@ class AgentWatch:
     """
 
     def __init__(
-        self, node: Node, settings: Settings, http: Http, proxy_id: str, on_report: Callable[[Node], None]
+        self, node: Node, settings: Settings, http: Http, share: Share, on_report: Callable[[Node], None]
     ) -> None:
         self._node = node
+        self._share = share
         self._http = http
-        self._timeout_s = settings.poll.timeout_s
-        self._failures_to_lose = settings.poll.failures_to_lose
-        self._guesses = settings.discovery.agents
-        self._token = settings.agent_token
-        self._proxy_id = proxy_id
         self._on_report = on_report
         self._next_guess_s = 0.0
         self._guessed = False
         self._failures = 0
         self._said: str | None = None
+        self.reconfigure(settings)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Ask by ``settings`` from now on."""
+        self._timeout_s = settings.poll.timeout_s
+        self._failures_to_lose = settings.poll.failures_to_lose
+        self._guesses = settings.discovery.agents
+        self._token = settings.agent_token
 
     async def look(self) -> None:
         """One round."""
@@ -78,11 +82,13 @@ class AgentWatch:
                 self._take(report)
 
     async def _fetch(self, url: str) -> Report:
-        headers = {IN_FLIGHT_HEADER: f"{self._proxy_id}={len(self._node.flights)}"}
-        if self._token is not None and self._node.source != "mdns":  # anybody can announce anything
-            headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
-        body = await fetch(self._http, URL(url) / "v1/report", self._timeout_s, headers=headers)
+        body = await fetch(self._http, URL(url) / "v1/report", self._timeout_s, headers=self._headers())
         return parse_report(body)
+
+    def _headers(self) -> dict[str, str]:
+        if self._token is None or self._node.source == "mdns":  # anybody can announce anything
+            return {}
+        return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
     def _take(self, report: Report) -> None:
         node = self._node
@@ -93,6 +99,8 @@ class AgentWatch:
         node.report_s = asyncio.get_running_loop().time()
         self._failures = 0
         self._said = None
+        if node.agent_url is not None:
+            self._share.keep(node.agent_url, self._headers())
         self._on_report(node)
 
     def _failed(self, failure: PollFailed) -> None:

@@ -46,6 +46,7 @@ class Flight:
     lone: bool = True  #: nobody else was there between its start and its first byte
     mark: Mark | None = None  #: of the node's crowd, at the start or the first byte
     patience: Patience | None = None  #: how long it may take before it is late; see patience.py
+    foreign: bool = False  #: another proxy's, of which the node's agent tells; see shares.py
 
     def answered(self, now_s: float) -> None:
         """The first byte of the answer has come; of one that is not streamed it is the last as well."""
@@ -53,6 +54,7 @@ class Flight:
         self.first_byte_s = now_s
         if self.ask.stream:
             self.mark = self.node.crowd.mark(self.ask.key)
+        self._changed()
 
     def company(self, now_s: float) -> Company:
         """What it ran beside while its answer came; since its start, where that is not streamed."""
@@ -67,10 +69,12 @@ class Flight:
             return
         if now_s is not None:
             node.advance(now_s)
-            served.ended(self, now_s)
+            if not self.foreign:
+                served.ended(self, now_s)
         self.cancel()
         if self.slot is not None:
             self.slot.ended(self.ask.prefix, output_tokens)
+        self._changed()
         if node.on_freed is not None:
             node.on_freed()
 
@@ -82,6 +86,11 @@ class Flight:
         node.in_use[key] -= 1
         if not node.in_use[key]:
             del node.in_use[key]
+
+    def _changed(self) -> None:
+        """Let other proxies hear of it."""
+        if self.node.on_flight is not None and not self.foreign:
+            self.node.on_flight(self)
 
     @property
     def _work_s(self) -> float:
@@ -113,7 +122,8 @@ class Node:
     poll_latency_s: float | None = None
     health: Health = field(default_factory=Health)
     leaving: bool = False  #: its name or announcement is gone: no new work; removed once idle
-    flights: set[Flight] = field(default_factory=set)
+    flights: set[Flight] = field(default_factory=set)  #: of every proxy, as far as they can be seen
+    foreign: dict[str, Flight] = field(default_factory=dict)  #: those of other proxies, by their agent's id
     in_use: Counter[str] = field(default_factory=Counter)
     #: flights by model, of those that have some; kept by take and drop alone
     work_s: float = 0.0  #: that all flights were expected to be worked on; kept by take and drop alone
@@ -128,6 +138,13 @@ class Node:
     pinned: frozenset[str] = frozenset()  #: canonical names of what should stay in its memory (replicas/)
     turn: int = 0  #: grows with each request given to any node: who has the smallest waits longest
     on_freed: Callable[[], None] | None = None  #: called when a request was taken off; set by the fleet
+    on_flight: Callable[[Flight], None] | None = None
+    #: called with a flight of our own that was taken, answered or dropped; set by its share
+
+    @property
+    def own_flights(self) -> int:
+        """How many of the flights are this proxy's."""
+        return len(self.flights) - len(self.foreign)
 
     @property
     def name(self) -> str:
@@ -168,9 +185,8 @@ class Node:
         ``slots`` is how many the model's runner has, where that is not ``parallel``.
         """
         flight = Flight(self, ask, now_s, expected_s, None, load, service_s, evicts, need_bytes)
-        if load and ask.key not in self.loads:
-            self.loads.add(ask.key)
-            self.prefixes.forget(ask.key)
+        if load:
+            self._begin_load(ask.key)
         if ask.prefix:
             flight.cached_tokens = self.prefixes.cached_tokens(ask.key, ask.prefix)
         flight.slot = self.prefixes.note(ask.key, ask.prefix, slots or self.parallel)
@@ -180,12 +196,38 @@ class Node:
                 other.lone = False
         self.advance(now_s)
         flight.mark = self.crowd.mark(ask.key)
-        self.flights.add(flight)
-        self.in_use[ask.key] += 1
+        self._count(flight)
         served.taken(self, flight, now_s)
+        flight._changed()
+        return flight
+
+    def see(self, id_: str, flight: Flight, now_s: float) -> None:
+        """Count a request that another proxy has in flight here, until it is :meth:`missed <miss>`."""
+        if flight.load:
+            self._begin_load(flight.ask.key)
+        for other in self.flights:
+            if other.first_byte_s is None:
+                other.lone = False
+        self.advance(now_s)
+        self.foreign[id_] = flight
+        self._count(flight)
+
+    def miss(self, id_: str, now_s: float) -> None:
+        """Another proxy's request is over; harmless where it is not known."""
+        flight = self.foreign.pop(id_, None)
+        if flight is not None:
+            flight.drop(0, now_s)
+
+    def _begin_load(self, key: str) -> None:
+        if key not in self.loads:
+            self.loads.add(key)
+            self.prefixes.forget(key)
+
+    def _count(self, flight: Flight) -> None:
+        self.flights.add(flight)
+        self.in_use[flight.ask.key] += 1
         self.work_s += flight._work_s
         self.turn = next(_TURNS)
-        return flight
 
     def reserve(
         self,
@@ -250,6 +292,8 @@ class Fleet:
     #: called with a node that reported, came (back), or has other models than before, on disk or in memory
     on_freed: list[Callable[[], None]] = field(default_factory=list)
     #: called when a request was taken off a node: somebody else may have its slot
+    on_seen: list[Callable[[Ask], None]] = field(default_factory=list)
+    #: called with what another proxy was asked, once it is on a node
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: digest → ``model_info`` of ``/api/show``, filled in the background; arrays that nobody reads are null
     modelfiles: dict[str, ReloadKey] = field(default_factory=dict)
@@ -307,6 +351,11 @@ class Fleet:
     def _freed(self) -> None:
         for callback in self.on_freed:
             callback()
+
+    def seen(self, ask: Ask) -> None:
+        """Tell whoever counts what is asked for that another proxy was asked."""
+        for callback in self.on_seen:
+            callback(ask)
 
     def news(self, node: Node) -> None:
         """Tell everybody who reads what ``node`` says of itself."""

@@ -30,6 +30,7 @@ from proxy_addon.fleet.liveness import Liveness
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.polls import Http, PollFailed, fetch, parse_version
 from proxy_addon.fleet.sessions import followed
+from proxy_addon.fleet.shares import Share
 from proxy_addon.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class NodeWatch:
         self._poll = settings.poll
         self._on_models = on_models
         self._alive = Liveness(settings.poll.failures_to_lose)
-        self._agent = AgentWatch(node, settings, http, proxy_id, fleet.news)
+        self._share = Share(node, fleet, http, proxy_id, settings.poll.timeout_s)
+        self._agent = AgentWatch(node, settings, http, self._share, fleet.news)
         self._url = URL(node.url)
         self._headers: dict[str, str] = {}
         access.stamp(self._headers, proxy_id)
@@ -84,6 +86,12 @@ class NodeWatch:
         #: path → hash of the last body and what it says, so that only what has changed is parsed
         self._wrong: set[str] = set()  #: what is known to be wrong and has been said
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Poll by ``settings`` from the next round on."""
+        self._poll = settings.poll
+        self._alive.failures_to_lose = settings.poll.failures_to_lose
+        self._agent.reconfigure(settings)
+
     def start(self) -> None:
         """Begin with the first round."""
         self._tasks["node"] = defects.keep_running("poll", self._run)
@@ -91,12 +99,15 @@ class NodeWatch:
     async def stop(self) -> None:
         """End all polls of this node."""
         await cancelled(self._tasks.values())
+        if (sharing := self._share.drop()) is not None:
+            await cancelled([sharing])
 
     def forget(self) -> None:
         """End all polls without waiting: the node is no longer of the fleet."""
         self.looked.set()
         for task in self._tasks.values():
             task.cancel()
+        self._share.drop()
 
     async def refresh(self) -> None:
         """Learn which models the node has on disk, as of a moment after this call."""

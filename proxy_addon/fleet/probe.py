@@ -164,9 +164,8 @@ class Prober:
 
 
 def _idle(node: Node) -> bool:
-    """Whether neither this proxy nor, as far as its agent knows, another one has work there."""
-    elsewhere = node.report.ollama.requests_in_flight if node.report is not None else None
-    return not node.flights and not elsewhere
+    """Whether neither this proxy nor, as far as its agent tells, another one has work there."""
+    return not node.flights
 
 
 def _model(node: Node, speeds: Speeds, now_s: float) -> str | None:

@@ -120,7 +120,7 @@ def unable(node: Node, key: str, now_s: float) -> str | None:
     if now_s < health.ejected_until_s:
         why = f": {health.reason}" if health.reason else ""
         return f"is ejected for {health.ejected_until_s - now_s:.1f} s{why}"
-    if health.allowance is not None and not health.admits(len(node.flights)):
+    if health.allowance is not None and not health.admits(node.own_flights):
         return f"is coming back and has its {health.allowance} in flight"
     if now_s < node.full_until_s:
         return "said that it is full"

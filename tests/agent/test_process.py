@@ -83,8 +83,8 @@ def test_it_serves_and_ends_when_told(run: Run, tmp_path: Path) -> None:
     reports = [json.loads(agent.get("/v1/report", url)) for url in (0, 1)]
     node_id = (tmp_path / "state/node_id").read_text().strip()
     assert [report["node_id"] for report in reports] == [node_id, node_id]
-    told = {"x-sollol-in-flight": "p=1", "Authorization": "Bearer wrong"}
-    request = urllib.request.Request(agent.urls[0] + "/v1/report", headers=told)
+    wrong = {"Authorization": "Bearer wrong"}
+    request = urllib.request.Request(agent.urls[0] + "/v1/report", headers=wrong)
     with pytest.raises(urllib.error.HTTPError, match="401") as caught:  # the token of the environment
         urllib.request.urlopen(request, timeout=20)
     caught.value.close()

@@ -10,7 +10,6 @@ from aiohttp import ClientSession, web
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import server
-from agent.in_flight import HEADER, KEPT_S, MOST_PROXIES, InFlight, parse
 from agent.report import Disk, Gpu, Host, Ollama, Report, Resident
 from agent.sampler import NotReady
 from agent.server import make_app
@@ -75,11 +74,6 @@ class Agent:
         async with self.session.get(self.url + path, headers=sent) as answer:
             return answer.status, await answer.text()
 
-    async def in_flight(self, **headers: str) -> int | None:
-        status, text = await self.get("/v1/report", **headers)
-        assert status == 200
-        return Report.model_validate_json(text).ollama.requests_in_flight
-
 
 type Start = Callable[..., Awaitable[Agent]]
 
@@ -102,12 +96,6 @@ async def start(clock: Clock) -> AsyncIterator[Start]:
             await runner.cleanup()
 
 
-@pytest.fixture
-def from_afar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every caller comes from another machine."""
-    monkeypatch.setattr(server, "is_loopback", lambda request: False)
-
-
 async def test_report(start: Start) -> None:
     agent = await start()
     async with agent.session.get(agent.url + "/v1/report") as answer:
@@ -115,61 +103,23 @@ async def test_report(start: Start) -> None:
         assert await answer.json() == json.loads(agent.reporter.report().model_dump_json())
 
 
-async def test_requests_in_flight_are_the_sum_of_what_proxies_told_lately(start: Start, clock: Clock) -> None:
-    agent = await start()
-    assert await agent.in_flight() is None
-    assert await agent.in_flight(**{HEADER: "p1=3"}) == 3
-    clock.now_s += KEPT_S / 2
-    assert await agent.in_flight(**{HEADER: "p2=4"}) == 7
-    assert await agent.in_flight(**{HEADER: "p2=1"}) == 4
-    clock.now_s += KEPT_S / 2
-    assert await agent.in_flight() == 1
-    clock.now_s += KEPT_S / 2
-    assert await agent.in_flight() is None
-
-
-@pytest.mark.usefixtures("from_afar")
-async def test_from_afar_only_the_token_is_believed(start: Start) -> None:
+async def test_who_sends_a_token_must_send_the_right_one(start: Start) -> None:
     agent = await start(token="s3cret")
-    assert await agent.in_flight(**{HEADER: "p1=3"}) is None
-    assert await agent.in_flight(**{HEADER: "p1=3", "Authorization": "Basic s3cret"}) is None
-    assert await agent.in_flight(**{HEADER: "p1=3", "Authorization": "Bearer s3cret"}) == 3
-    status, text = await agent.get("/v1/report", **{HEADER: "p1=9", "Authorization": "Bearer wrong"})
+    assert (await agent.get("/v1/report"))[0] == 200
+    assert (await agent.get("/v1/report", Authorization="Bearer s3cret"))[0] == 200
+    status, text = await agent.get("/v1/report", Authorization="Bearer wrong")
     assert (status, json.loads(text)) == (401, {"error": "the bearer token is not this agent's"})
-    assert (await agent.get("/v1/report", Authorization="Bearer wrong"))[0] == 401
-    assert await agent.in_flight() == 3
-    assert "sollol_agent_in_flight_ignored_total 2.0" in (await agent.get("/metrics"))[1]
-
-
-@pytest.mark.usefixtures("from_afar")
-async def test_without_a_token_nobody_from_afar_is_believed(start: Start) -> None:
-    agent = await start()
-    assert await agent.in_flight(**{HEADER: "p1=3", "Authorization": "Bearer "}) is None
-
-
-@pytest.mark.parametrize(
-    "told", ["", "p1", "p1=", "=3", "p1=-1", "p1=3.5", "p 1=3", "p1=9999999", "x" * 65 + "=1"]
-)
-async def test_a_count_that_is_none_is_refused(start: Start, told: str) -> None:
-    agent = await start()
-    status, text = await agent.get("/v1/report", **{HEADER: told})
-    assert status == 400
-    assert json.loads(text)["error"].startswith("x-sollol-in-flight must be <proxy id>=<number of requests>")
-
-
-def test_in_flight_is_bounded() -> None:
-    in_flight = InFlight()
-    for number in range(MOST_PROXIES + 50):
-        in_flight.tell(f"p{number}", 1, 0.0)
-    in_flight.tell("p0", 5, 0.0)
-    assert in_flight.total(0.0) == MOST_PROXIES + 4
-    assert parse(" proxy-1.example=12 ") == ("proxy-1.example", 12)
 
 
 async def test_metrics_are_the_report(start: Start) -> None:
     agent = await start()
-    await agent.in_flight(**{HEADER: "p1=3"})
-    status, text = await agent.get("/metrics")
+    async with agent.session.ws_connect(agent.url + "/v1/in-flight?proxy=p1") as proxy:
+        await proxy.receive()
+        await proxy.send_str('{"1": {"path": "/api/chat", "model": "m:latest"}}')
+        async with agent.session.ws_connect(agent.url + "/v1/in-flight?proxy=p2") as other:
+            while "p1 1" not in (await other.receive()).data:
+                pass
+        status, text = await agent.get("/metrics")
     assert status == 200
     samples = {
         (sample.name, *sorted(sample.labels.items())): sample.value
@@ -184,7 +134,7 @@ async def test_metrics_are_the_report(start: Start) -> None:
     assert samples["sollol_agent_host_ram_available_bytes",] == 5
     assert samples["sollol_agent_host_model_store_free_bytes",] == 3
     assert samples["sollol_agent_ollama_up",] == 1
-    assert samples["sollol_agent_ollama_requests_in_flight",] == 3
+    assert samples["sollol_agent_ollama_requests_in_flight",] == 1
     assert samples["sollol_agent_ollama_resident_size_vram_bytes", ("model", "m:latest")] == 6
     assert samples["sollol_agent_stale", ("part", "gpus.0")] == 1
     assert samples["sollol_agent_sample_failures_total", ("part", "gpus")] == 4
@@ -215,7 +165,7 @@ async def test_unknown_path_and_wrong_method(start: Start) -> None:
     status, text = await agent.get("/api/tags")
     assert status == 404
     assert json.loads(text) == {
-        "error": "there is no /api/tags; this agent has /v1/report, /metrics and /healthz"
+        "error": "there is no /api/tags; this agent has /v1/report, /v1/in-flight, /metrics, /healthz"
     }
     async with agent.session.post(agent.url + "/v1/report", data=b"x") as answer:
         assert answer.status == 405
@@ -254,12 +204,10 @@ def test_is_loopback(remote: str | None, loopback: bool) -> None:
 
 
 async def test_a_web_page_whose_name_was_rebound_reads_nothing(start: Start) -> None:
-    """The report names processes; who is in flight is believed from this machine, where the browser runs."""
+    """The report names processes, and this machine, where the browser runs, may share."""
     agent = await start()
-    told = {"host": "evil.example", HEADER: "p1=3"}
-    assert await agent.get("/v1/report", **told) == (
+    assert await agent.get("/v1/report", host="evil.example") == (
         403,
         '{"error": "Host evil.example is not a name of this server"}',
     )
     assert (await agent.get("/v1/report", origin="https://evil.example"))[0] == 403
-    assert await agent.in_flight() is None

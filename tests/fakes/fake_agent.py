@@ -19,6 +19,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from agent import __version__
+from agent.in_flight import Shares
 from agent.report import Disk, Gpu, Host, Model, Ollama, Report, Resident
 from agent.sampler import NotReady
 from agent.server import make_app
@@ -35,6 +36,7 @@ class FakeAgent:
         self.not_ready: str | None = None
         self.changes: dict[str, Any] = {}
         self.served = 0
+        self.shares = Shares()  #: of simulated proxies; real ones connect to the server
         self._token = token
         self._runner: web.AppRunner | None = None
         self._host_port = ""

@@ -12,19 +12,30 @@ from statistics import fmean
 from tests.sim.blind import LeastConnections, RoundRobin
 from tests.sim.oracle import Oracle
 from tests.sim.ours import EARLY, Ours
+from tests.sim.several import Several
 from tests.sim.traces import TRACES
 from tests.sim.world import Balancer, Result, play
 
-BALANCERS: dict[str, Callable[[], Balancer]] = {
+OTHERS: dict[str, Callable[[], Balancer]] = {
     "oracle": Oracle,
     "oracle_own": lambda: Oracle("own"),
     "least_conn": LeastConnections,
     "round_robin": RoundRobin,
-    "finish_time": Ours,
-    "early": lambda: Ours(settings=EARLY),
-    "score": lambda: Ours("score"),
-    "least_loaded": lambda: Ours("least_loaded"),
 }
+OURS: dict[str, Callable[[str], Ours]] = {
+    "finish_time": lambda name: Ours(name=name),
+    "early": lambda name: Ours(settings=EARLY, name=name),
+    "score": lambda name: Ours("score", name=name),
+    "least_loaded": lambda name: Ours("least_loaded", name=name),
+}
+
+
+def balancer(name: str, proxies: int = 1) -> Balancer:
+    """Make a balancer; of SOLLOL's as many as ``proxies``."""
+    if name not in OURS:
+        return OTHERS[name]()
+    make = OURS[name]
+    return make("proxy1") if proxies == 1 else Several(proxies, make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +118,14 @@ def main() -> None:
     parser.add_argument(
         "--balancer", default="oracle,least_conn,finish_time", help="comma-separated; all: each"
     )
+    parser.add_argument(
+        "--proxies",
+        type=int,
+        default=1,
+        help="of SOLLOL's over the fleet, that are given requests in turn",
+    )
     options = parser.parse_args()
-    names = list(BALANCERS) if options.balancer == "all" else options.balancer.split(",")
+    names = [*OTHERS, *OURS] if options.balancer == "all" else options.balancer.split(",")
     traces = list(TRACES) if options.trace == "all" else options.trace.split(",")
     logging.basicConfig(level=logging.ERROR)  # that nodes come and go is the trace's own doing
     seeds = range(1, options.seeds + 1)
@@ -117,7 +134,7 @@ def main() -> None:
         known: dict[str, Figures] = {}
         for name in names:
             began = time.process_time()
-            results = [play(TRACES[trace](seed), BALANCERS[name](), name) for seed in seeds]
+            results = [play(TRACES[trace](seed), balancer(name, options.proxies), name) for seed in seeds]
             known[name] = figures(results, time.process_time() - began)
             print(row(trace, name, known[name], known.get("oracle"), known.get("least_conn")), flush=True)
 

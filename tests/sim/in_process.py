@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from aiohttp import WSMessage, WSMsgType
 from yarl import URL
 
+from agent.sharing import attend
 from proxy_addon.fleet.agent_watch import AGENT_PORT
+from tests.fakes.clock import clock_s
 from tests.fakes.engine import Generation, Job
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.models_api import ps_row, tags_row
@@ -72,11 +76,56 @@ ROUTES: dict[str, Callable[[SimNode, Mapping[str, Any]], Awaitable[Any]]] = {
 }
 
 
+LINK_S = 0.002  #: that a message takes from a proxy to an agent or back: a busy local network and event loop
+
+
+class Socket:
+    """One end of a WebSocket: what is sent arrives at the other end a little later."""
+
+    def __init__(self) -> None:
+        self._peer: Socket = self
+        self._arrived: asyncio.Queue[WSMessage | None] = asyncio.Queue()
+
+    @classmethod
+    def pair(cls) -> tuple[Socket, Socket]:
+        """Both ends."""
+        one, other = cls(), cls()
+        one._peer, other._peer = other, one
+        return one, other
+
+    async def send_str(self, data: str) -> None:
+        """Send a message."""
+        message = WSMessage(WSMsgType.TEXT, data, None)
+        asyncio.get_running_loop().call_later(LINK_S, self._peer._arrived.put_nowait, message)
+
+    async def close(self, *, code: int = 1000, message: bytes = b"") -> None:
+        """End the messages of both."""
+        for end in (self, self._peer):
+            end._arrived.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[WSMessage]:
+        while (message := await self._arrived.get()) is not None:
+            yield message
+
+
 class Session:
     """Stands in for aiohttp's: asks nodes by their address, and their agents beside them."""
 
     def __init__(self, nodes: Mapping[str, SimNode], agents: Mapping[str, FakeAgent]) -> None:
         self._nodes, self._agents = nodes, agents
+
+    @asynccontextmanager
+    async def ws_connect(self, url: URL, **_: Any) -> AsyncIterator[Socket]:
+        """Share what is in flight with others that are connected to the same agent."""
+        ours, theirs = Socket.pair()
+        serving = asyncio.create_task(
+            attend(theirs, self._agents[str(url.host)].shares, url.query["proxy"], clock_s)
+        )
+        try:
+            yield ours
+        finally:
+            await ours.close()
+            await serving
 
     @asynccontextmanager
     async def request(self, method: str, url: URL, **more: Any) -> AsyncIterator[Reply]:

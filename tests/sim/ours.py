@@ -22,6 +22,7 @@ from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import match
 from proxy_addon.epilogue import Epilogue
 from proxy_addon.failover import Failover
+from proxy_addon.fleet.agent_watch import AGENT_PORT
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.probe import Prober
@@ -33,7 +34,7 @@ from proxy_addon.retry import Budget
 from proxy_addon.second_thoughts import SecondThoughts
 from proxy_addon.settings import Settings
 from tests.fakes.clock import clock_s
-from tests.sim.in_process import AGENT_PORT, Session
+from tests.sim.in_process import Session
 from tests.sim.world import Failure, Request, World
 
 EARLY: dict[str, Any] = {"admission": {"ahead_s": 1e9}}  #: settings under which nothing waits in the proxy
@@ -42,7 +43,10 @@ EARLY: dict[str, Any] = {"admission": {"ahead_s": 1e9}}  #: settings under which
 class Ours:
     """The proxy. ``settings`` are its own."""
 
-    def __init__(self, policy: str = "finish_time", settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, policy: str = "finish_time", settings: dict[str, Any] | None = None, name: str = "simulated"
+    ) -> None:
+        self.name = name
         self.settings = Settings.model_validate({"placement": policy, **(settings or {})})
         self.fleet = Fleet()
         self.speeds = Speeds()
@@ -66,7 +70,7 @@ class Ours:
             self._index[node.name] = index
             nodes[host], agents[host] = real, world.agents[index]
         session = cast(aiohttp.ClientSession, Session(nodes, agents))
-        watch = Watch(self.fleet, self.settings, lambda: session, "simulated")
+        watch = Watch(self.fleet, self.settings, lambda: session, self.name)
         self._failover = Failover(self.dispatch, self._budget, watch.suspect, lambda meaning: None)
         self._second_thoughts = SecondThoughts(self.dispatch, self._take_back)
         self._epilogue = Epilogue(self.dispatch, watch.suspect, (self.records.append,))
