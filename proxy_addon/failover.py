@@ -10,10 +10,9 @@ from agent.ollama.names import is_cloud
 from proxy_addon import errors, record
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Node
-from proxy_addon.http_stream import Failure
+from proxy_addon.http_stream import CONNECT_CANCELLED, Failure
 from proxy_addon.record import Record
 from proxy_addon.retry import Budget, Meaning, classify, may_retry
-from proxy_addon.timeouts import CONNECT_CANCELLED
 
 FULL_S = 1.0  #: how long a node that said 503 is taken at its word
 UNFIT_S = 60.0  #: how long a model that did not fit a node is not offered to it again
@@ -57,7 +56,7 @@ class Failover:
         if failure.detail == CONNECT_CANCELLED:
             detail = f"no connection within {self.dispatch.settings.timeouts.connect_s:g} s"
         rec.abort_reason = None
-        if failure.detail.startswith(errors.OWN_FAULT):  # a hook of ours: the node is not to blame
+        if errors.OWN_FAULT in failure.detail:  # a hook of ours: the node is not to blame
             rec.outcome = "failed"
             self.dispatch.release(flow, rec, "failed", detail)
             failure.response = errors.internal(rec.protocol, rec.id)

