@@ -32,7 +32,7 @@ from tests.soak.outcome import LIMIT_S, Outcome
 from tests.soak.processes import ROOT, Clients, Node, Program, Proxy, free_ports
 from tests.soak.report import report
 from tests.soak.schedule import Kind, schedule
-from tests.soak.storm import Storm
+from tests.soak.storm import Broken, Storm
 
 WARM_S = GRACE_S + 2.0  #: from then on the nodes count as well
 CALM_S = GRACE_S + 5.0  #: after the storm: everything must work as before
@@ -156,6 +156,9 @@ def main() -> int:
     status = 2
     try:
         status = asyncio.run(soak(options, folder))
+    except* Broken as broken:
+        print(f"VIOLATION {broken.exceptions[0]}")
+        status = 1
     finally:
         if status == 0 and not options.keep:
             shutil.rmtree(folder)

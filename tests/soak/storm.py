@@ -29,6 +29,10 @@ SERVES_S = 3.0  #: at least so long a proxy serves until the next one, however s
 BROKEN_CONFIG = b"nodes: [127.0.0.1:1\nretry: {rounds: many}\n"
 
 
+class Broken(Exception):
+    """Nothing more can be learned from this run."""
+
+
 class Storm:
     """One fleet under fire."""
 
@@ -236,7 +240,9 @@ class Storm:
     ) -> None:
         deadline_s = time.monotonic() + limit_s
         while not await holds():
-            if time.monotonic() > deadline_s or not self.proxy.running:
+            if not self.proxy.running:
+                raise Broken(f"the proxy has ended by itself; see {self.proxy.log}")
+            if time.monotonic() > deadline_s:
                 return self.violated(f"it did not come true within {limit_s:g} s that {what}")
             await asyncio.sleep(ASK_S)
 
