@@ -14,6 +14,7 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -150,6 +151,13 @@ class Telemetry:
             registry=registry,
         )
         self._last_reload.set(1)
+        # Looking a counter up by its labels takes prometheus-client longer than counting.
+        self._requests_of = cache(self._requests.labels)
+        self._decisions_of = cache(self._decisions.labels)
+        self._tokens_of = cache(self._tokens.labels)
+        self._duration_of = cache(self._duration.labels)
+        self._first_byte_of = cache(self._first_byte.labels)
+        self._queue_wait_of = cache(self._queue_wait.labels)
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
         registry.register(
@@ -163,22 +171,22 @@ class Telemetry:
             return
         host = record.attempts[-1].node if record.attempts else NO_HOST
         model = self._model(record.ask.key if record.ask else "")
-        self._requests.labels(host, model, STATUS.get(record.outcome or "", "failure")).inc()
+        self._requests_of(host, model, STATUS.get(record.outcome or "", "failure")).inc()
         for decision in record.decisions:
-            self._decisions.labels(decision.node or NO_HOST, decision.policy).inc()
+            self._decisions_of(decision.node or NO_HOST, decision.policy).inc()
         self._tally(record)
         if host == NO_HOST:
             return
         self.finished += 1
         if record.ask is not None and record.waiter is not None:
-            self._queue_wait.labels(str(record.ask.priority)).observe(record.queued_s or 0.0)
+            self._queue_wait_of(str(record.ask.priority)).observe(record.queued_s or 0.0)
         if record.outcome == "ok":
-            self._duration.labels(host).observe(record.ended_s - record.started_s)
+            self._duration_of(host).observe(record.ended_s - record.started_s)
         if record.first_byte_s is not None:
-            self._first_byte.labels(host).observe(record.first_byte_s - record.started_s)
+            self._first_byte_of(host).observe(record.first_byte_s - record.started_s)
         if record.stats:
-            self._tokens.labels(host, model, "prompt").inc(record.stats.prompt_tokens or 0)
-            self._tokens.labels(host, model, "output").inc(record.stats.output_tokens or 0)
+            self._tokens_of(host, model, "prompt").inc(record.stats.prompt_tokens or 0)
+            self._tokens_of(host, model, "output").inc(record.stats.output_tokens or 0)
 
     def retried(self, reason: str) -> None:
         """Count a retry; ``reason`` is the retry table's word."""
@@ -214,7 +222,9 @@ class Telemetry:
         for attempt in record.attempts:
             if attempt.outcome in NEUTRAL:
                 continue
-            tally = self.tallies.setdefault(attempt.node, Tally())
+            tally = self.tallies.get(attempt.node)
+            if tally is None:
+                tally = self.tallies[attempt.node] = Tally()
             if attempt.outcome != "ok":
                 tally.failed += 1
                 continue

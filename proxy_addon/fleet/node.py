@@ -259,11 +259,10 @@ class Node:
 
         Who has no first byte yet may wait for a load or a slot. Of answers in one piece nobody can tell.
         """
-        decoded = Counter(
-            flight.ask.key
-            for flight in self.flights
-            if flight.first_byte_s is not None or not (flight.ask.stream or flight.load)
-        )
+        decoded: dict[str, int] = {}
+        for flight in self.flights:
+            if flight.first_byte_s is not None or not (flight.ask.stream or flight.load):
+                decoded[flight.ask.key] = decoded.get(flight.ask.key, 0) + 1
         self.crowd.advance(decoded, self.parallel, now_s)
 
     def holds(self, resident: dict[str, Resident]) -> None:
