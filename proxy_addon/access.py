@@ -25,6 +25,41 @@ class Refusal:
     message: str
 
 
+def behind(peer: str, headers: Mapping[str, str], trusted: Sequence[IPv4Network | IPv6Network]) -> str:
+    """The address of the client: ``peer``, or whom it names, where that is a proxy to be ``trusted``.
+
+    Of ``X-Forwarded-For`` the last address counts that is not itself one to be trusted: what is before it
+    anybody may have written. What is no address ends the walk; nobody beyond it is known.
+    """
+    named = headers.get("x-forwarded-for") or headers.get("x-real-ip", "")
+    hops = [hop.strip() for hop in named.split(",") if hop.strip()]
+    found = peer
+    while hops and _within(found, trusted):
+        hop = _address(hops.pop())
+        if hop is None:
+            break
+        found = hop
+    return found
+
+
+def _address(text: str) -> str | None:
+    """The address in ``text``, which may have a port beside it; None where it is none."""
+    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
+    if host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        return None
+
+
+def _within(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    return any(ip in network for network in networks)
+
+
 def client(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> Refusal | None:
     """403 for a client outside of ``networks``."""
     ip = ip_address(address)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mitmproxy import http
 
-from proxy_addon import errors, record
+from proxy_addon import access, errors, record
 from proxy_addon.ask import BadRequest
 from proxy_addon.endpoints import match, protocol_of
 from proxy_addon.reading import Reading
@@ -30,6 +30,8 @@ class Intake:
         path = path_of(flow)
         rec = record.open_for(flow, protocol_of(path), self.now())
         rec.path, rec.endpoint, rec.settings = path, match(path), self.settings
+        if (trusted := self.settings.guard.trusted_proxies) and rec.client:
+            rec.client = access.behind(rec.client, rec.headers, trusted)
         if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
             rec.body_limit_bytes = self.settings.guard.body_limit_bytes
         if rec.endpoint is not None and path.rstrip("/") == rec.endpoint.path != path:

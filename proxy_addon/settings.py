@@ -321,6 +321,9 @@ class Guard(_Part):
     """Who may ask, and what."""
 
     clients: Networks = Field(NEAR, description="networks whose machines may ask")
+    trusted_proxies: Networks = Field(
+        (), description="web servers before this proxy, whose X-Forwarded-For or X-Real-IP names the client"
+    )
     hosts: Names = Field((), description="Host names that are let through besides this machine's own")
     origins: Names = Field((), description="browser origins besides Ollama's defaults; * matches any text")
     body_limit_bytes: PositiveInt = Field(100 << 20, description="of a request; blobs are not limited")

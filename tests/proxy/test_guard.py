@@ -270,3 +270,34 @@ def test_a_refusal_speaks_the_protocol_of_its_path() -> None:
     enter(guard(), asked)
     assert asked.response is not None
     assert orjson.loads(asked.response.content or b"")["error"]["type"] == "permission_error"
+
+
+@pytest.mark.parametrize(
+    ("peer", "headers", "client"),
+    [
+        ("127.0.0.1", {}, "127.0.0.1"),
+        ("127.0.0.1", {"x_forwarded_for": "10.1.1.1"}, "10.1.1.1"),
+        ("127.0.0.1", {"x_real_ip": "10.1.1.1"}, "10.1.1.1"),
+        ("127.0.0.1", {"x_forwarded_for": "10.1.1.1", "x_real_ip": "10.2.2.2"}, "10.1.1.1"),
+        ("127.0.0.1", {"x_forwarded_for": "10.9.9.9, 10.1.1.1"}, "10.1.1.1"),  # the first is a client's word
+        ("127.0.0.1", {"x_forwarded_for": "10.1.1.1, 192.168.7.1"}, "10.1.1.1"),  # through two of ours
+        ("127.0.0.1", {"x_forwarded_for": "[fd00::1]:443"}, "fd00::1"),
+        ("127.0.0.1", {"x_forwarded_for": "10.1.1.1:5000"}, "10.1.1.1"),
+        ("127.0.0.1", {"x_forwarded_for": "10.1.1.1, unknown"}, "127.0.0.1"),
+        ("::ffff:127.0.0.1", {"x_forwarded_for": "10.1.1.1"}, "10.1.1.1"),
+        ("10.3.3.3", {"x_forwarded_for": "10.1.1.1", "x_real_ip": "10.1.1.1"}, "10.3.3.3"),  # nobody's word
+    ],
+)
+def test_a_trusted_proxy_names_the_client(peer: str, headers: dict[str, str], client: str) -> None:
+    by = guard(guard={"trusted_proxies": ["127.0.0.0/8", "192.168.7.0/24"]})
+    assert enter(by, flow(client=peer, **headers)).client == client
+
+
+def test_nobody_is_trusted_unless_named() -> None:
+    assert enter(guard(), flow(x_forwarded_for="10.1.1.1", x_real_ip="10.1.1.1")).client == "127.0.0.1"
+
+
+def test_whom_a_trusted_proxy_names_must_be_admitted() -> None:
+    by = guard(guard={"trusted_proxies": ["127.0.0.1"]})
+    status, sentence = refused(by, flow(x_forwarded_for="203.0.113.9"))
+    assert status == 403 and "203.0.113.9" in sentence
