@@ -23,6 +23,7 @@ from proxy_addon.ask import Ask, num_ctx_of
 from proxy_addon.endpoints import match
 from proxy_addon.fleet.node import Fleet, Flight, Node
 from proxy_addon.fleet.polls import Http
+from proxy_addon.placement.runner import runs_under
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,9 @@ def hear(node: Node, fleet: Fleet, news: News, now_s: float) -> None:
         elif known is None:
             flight = flight_of(node, row, now_s)
             if flight is not None:
+                key, loads = flight.ask.key, flight.load
                 node.see(id_, flight, now_s)
+                node.loaded_with[key] = runs_under(node.loaded_with.get(key), flight.ask.reload_key, loads)
                 fleet.seen(flight.ask)
         elif known.first_byte_s is None and row.answering_s is not None:
             known.answered(now_s - row.answering_s)
