@@ -2,20 +2,25 @@
 
 Trailers of chunked bodies are dropped, as RFC 9110 §6.5.1 allows: mitmproxy raises on them and hangs. And
 what it refuses before an addon sees it (a broken head, smuggling attempts) gets an error that an API client
-can read instead of an HTML page. Clients are served by :class:`StrictServer`.
+can read instead of an HTML page. Clients are served by :class:`StrictServer`, and the head of a node's answer
+has a limit too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import h11
 from mitmproxy import http
 from mitmproxy.net.http import http1
+from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers import http as http_layers
-from mitmproxy.proxy.layers.http import _http1
+from mitmproxy.proxy.layers.http import ReceiveHttp, ResponseProtocolError, _http1
+from mitmproxy.proxy.layers.http._events import ErrorCode
 
 from proxy_addon import access, errors
+from proxy_addon.lane.upstream import LONGEST_HEAD
 from proxy_addon.strict_server import StrictServer
 
 LONGEST_LINE_BYTES = 16 << 10  #: of a chunk's size with its extensions, and of all trailers
@@ -44,6 +49,18 @@ class _WithoutTrailers:
         return h11.EndOfMessage() if isinstance(event, h11.EndOfMessage) and event.headers else event
 
 
+class BoundedClient(_http1.Http1Client):
+    """A connection to a node, whose heads are not read without end."""
+
+    def read_headers(self, event: events.ConnectionEvent) -> Generator[commands.Command, Any, None]:
+        """As the parent, but a head that is too long is none."""
+        yield from super().read_headers(event)
+        if self.state == self.read_headers and len(self.buf) > LONGEST_HEAD and self.stream_id is not None:
+            yield commands.CloseConnection(self.conn)
+            too_long = "the answer's head is too long"
+            yield ReceiveHttp(ResponseProtocolError(self.stream_id, too_long, ErrorCode.GENERIC_SERVER_ERROR))
+
+
 def _error_response(status_code: int, message: str = "") -> bytes:
     """The bytes of an error for a request whose path, hence protocol, may be unknown: Ollama's shape."""
     if " HTTP CONNECT " in message:
@@ -66,3 +83,4 @@ def mend() -> None:
     _http1.make_body_reader = _body_reader
     _http1.make_error_response = _error_response
     http_layers.Http1Server = StrictServer  # type: ignore[misc]
+    http_layers.Http1Client = BoundedClient  # type: ignore[misc]
