@@ -120,6 +120,8 @@ class Exchange:
         self._more = asyncio.Event()
         self._streaming = False
         self._held: list[bytes] | None = None
+        #: Of a body that is not taken: with more, no more is read.
+        self.window_bytes: float = UPLOAD_WINDOW_BYTES
 
     # the request's body
 
@@ -128,7 +130,7 @@ class Exchange:
         self._parts.append(data)
         self._buffered += len(data)
         self._more.set()
-        if self._buffered > UPLOAD_WINDOW_BYTES:
+        if self._buffered > self.window_bytes:
             self._connection.pause_reading()
 
     def feed_eof(self) -> None:

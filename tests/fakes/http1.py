@@ -97,6 +97,12 @@ class Connection(asyncio.Protocol):
             self._reading = True
             self._transport_().resume_reading()
 
+    def read_on(self) -> None:
+        """Read whatever comes, so that the client's leaving is noticed."""
+        if self._exchange is not None:
+            self._exchange.window_bytes = float("inf")
+        self.resume_reading()
+
     def send_continue(self) -> None:
         """Send ``100 Continue`` if the client waits for it."""
         if self._h11.they_are_waiting_for_100_continue:

@@ -238,9 +238,11 @@ class FakeOllama:
         return [fault for fault in self.server.faults if fault.times is None or fault.hits < fault.times]
 
     def heal(self) -> None:
-        """Drop all waiting faults and accept as usual again (a hanging request stays hanging)."""
+        """Drop all waiting faults and accept and read as usual again (a hanging request stays hanging)."""
         self.server.faults.clear()
         self.server.accept_delay_s = None
+        for connection in list(self.server.connections):
+            connection.read_on()
         self.thaw()
 
     async def refuse(self) -> None:

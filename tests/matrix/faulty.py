@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from tests.fakes.faults import TEXTS, Action, Fault, Moment
 from tests.fakes.ollama_node import FakeOllama
+from tests.matrix.asking import path
 from tests.matrix.cells import Cell, What, When
 from tests.matrix.expectation import TOKENS_BEFORE
 
@@ -77,6 +78,8 @@ def moment(cell: Cell) -> tuple[Moment, int]:
     """When the fake acts, and after how many pieces of a stream."""
     if cell.what in (What.HALF_HEAD, What.HALF_HEAD_SILENCE):
         return "mid_head", 0
+    if cell.what is What.TRICKLE and cell.when is When.MID and not cell.exchange.stream:
+        return "after_head", 0
     if cell.when is When.MID:
         return ("after_chunks" if cell.exchange.stream else "mid_line"), TOKENS_BEFORE
     if cell.when is When.LAST_BYTE and cell.what in _BEFORE_THE_LAST:
@@ -102,8 +105,8 @@ def fault(cell: Cell) -> Fault | None:
 
 
 def _requests(cell: Cell) -> dict[str, Any]:
-    """Which requests a fault waits for: those of the cell's kind, not the looks at the node."""
-    return {"times": None, "method": "POST", "path": "/api/blobs/*" if cell.exchange.upload else "*"}
+    """Which requests a fault waits for: the cell's, not the looks at the node."""
+    return {"times": None, "method": "POST", "path": path(cell.exchange)}
 
 
 async def break_down(node: FakeOllama, cell: Cell) -> None:
