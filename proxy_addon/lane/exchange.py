@@ -8,7 +8,6 @@ Nothing is decided here.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from time import time
 
@@ -29,7 +28,7 @@ from mitmproxy.proxy.server_hooks import (
     ServerConnectionHookData,
 )
 
-from proxy_addon import errors, record, relay
+from proxy_addon import defects, errors, record, relay
 from proxy_addon.http_stream import (
     CONNECT_CANCELLED,
     Failure,
@@ -46,8 +45,6 @@ from proxy_addon.lane.pool import Pool
 from proxy_addon.lane.splice import Splice
 from proxy_addon.lane.upstream import ClientLeft, Lost, Upstream
 from proxy_addon.lean_addons import LeanAddons
-
-log = logging.getLogger(__name__)
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LEFT = "client disconnected"
@@ -131,9 +128,8 @@ class Exchange:
             await self._broken(LEFT)
         except BadBody as bad:
             await self._refuse(bad)
-        except Exception:  # the outermost boundary of a request, as protect.py is that of a hook
-            log.exception("a request failed outside of every hook")
-            await self._failed()
+        except Exception as defect:  # noqa: BLE001 - the outermost boundary of a request
+            await self._failed(defect)
         finally:
             self._drop_upstream()
             self.flow.live = False
@@ -374,6 +370,10 @@ class Exchange:
                 reading.result()
                 request.data.timestamp_end = time()
                 await self._hook(HttpRequestHook)
+                if self.flow.response is not None:  # a hook has failed
+                    self._drop_upstream()
+                    await self._answer(self.flow.response)
+                    return
                 if chunked:
                     upstream.send(END)
             await self._answered(upstream, head)
@@ -413,6 +413,9 @@ class Exchange:
         self.flow.response = stream.head
         stream.head.data.timestamp_start = time()
         await self._hook(HttpResponseHeadersHook)
+        if self.flow.response is not stream.head:  # a hook has failed
+            await self._answer(self.flow.response, seen=True)
+            return
         self._begun = True
         self.client.write(answer_bytes(stream.head, chunked=True, close=self._closes()))
         while True:
@@ -433,8 +436,13 @@ class Exchange:
         protocol, request_id = (rec.protocol, rec.id) if rec is not None else ("native", "")
         await self._instead(errors.response(protocol, bad.status, str(bad), request_id=request_id))
 
-    async def _failed(self) -> None:
+    async def _failed(self, defect: Exception) -> None:
+        """Something of ours has failed where no hook answers for it."""
         rec = record.of(self.flow)
+        defects.report(defect, "stream", rec.id if rec is not None else "")
+        if self._begun:
+            await self._cut(errors.OWN_FAULT)
+            return
         if rec is not None:
             rec.outcome = "failed"
         await self._instead(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))

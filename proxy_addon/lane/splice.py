@@ -44,17 +44,21 @@ class Splice:
         await self._done
 
     def data(self, data: bytes) -> None:
-        """Pass on what has come."""
+        """Pass on what has come; a defect on the way is :meth:`run`'s to raise."""
+        try:
+            self._pass(data)
+        except FramingError as error:
+            self._fail(Lost(f"the answer's framing is broken: {error}"))
+        except Exception as defect:  # noqa: BLE001 - of a callback, raised again where a request ends
+            self._fail(defect)
+
+    def _pass(self, data: bytes) -> None:
         if self._raw is not None and self._raw.between:
             data = self._passed(self._raw, data)
             if not data:
                 return
         follower = self._follower
-        try:
-            payload = follower.feed(data)
-        except FramingError as error:
-            self._fail(Lost(f"the answer's framing is broken: {error}"))
-            return
+        payload = follower.feed(data)
         if payload:
             out = self._tee(payload)
             if out:
