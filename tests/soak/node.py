@@ -11,7 +11,6 @@ import asyncio
 import orjson
 
 from tests.fakes.exchange import Exchange
-from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.process import _model
 from tests.fakes.store import GIB, FakeModel
@@ -47,6 +46,8 @@ async def _run(options: argparse.Namespace) -> None:
     )
     await node.start(options.port)
     if options.agent_port:
+        from tests.fakes.fake_agent import FakeAgent  # a second of imports that the others come back without
+
         await FakeAgent(node).start(options.agent_port)
     print(node.host_port, flush=True)
     await asyncio.Event().wait()

@@ -16,7 +16,7 @@ AWAY_S = (0.0, 1.0, 4.0, 10.0)
 #: How long a stopped node stays so: below and above what polls tolerate (about 4 s), and what a silent stream
 #: of a lost node is given (10 s more).
 STOPPED_S = (0.4, 2.0, 6.0, 18.0)
-MODEL_PAUSE_S = (3.0, 12.0)  #: between a pull, its delete, and the next pull
+MODEL_PAUSE_S = (2.0, 30.0)  #: between a pull, its delete, and the next pull; many last longer than GRACE_S
 RELOAD_PAUSE_S = (8.0, 25.0)
 RENEWAL_PAUSE_S = (25.0, 90.0)  #: between two restarts or upgrades of the proxy
 
