@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from proxy_addon.record import FinalStats
 
 OPTIMISM = 1.5  #: enough to outweigh noise and a small difference in failures, too little to outweigh a load
+MOVED = 0.02  #: of a speed (in logarithms) or slowdown: less is noise, and no reason to work out all anew
 MAX_SIZES = 16  #: contexts of which a model's size is kept: clients choose them
 DOUBTFUL = 0.1  #: probability of failure above which a node is tried by ourselves; see probe.py
 LOST_S = 1.0  #: what a failed attempt costs at least: a retry of a limited budget, a cold prefix cache
@@ -87,6 +88,7 @@ class Speeds:
         self.lengths = OutputLengths(state.lengths)
         self.demand = Demand()
         self._stamps: Counter[str] = Counter()
+        self._told: dict[tuple[str, str], tuple[float, ...]] = {}  # node, model → what its stamp stands for
         self._cache: dict[str, dict[str, Estimate]] = {}  # model → node → estimate
         self._machines: dict[str, Machine] = {}
         self._load_bytes_s = evidence.typical_load_bytes_s(self.nodes.values())  #: where none was measured
@@ -267,8 +269,9 @@ class Speeds:
         byte. A ``probe`` of the proxy's own says nothing of clients.
         """
         name = node.name
-        learned = self.nodes.setdefault(name, OfNode())
-        self._stamps[name] += 1
+        learned = self.nodes.get(name)
+        if learned is None:
+            learned = self.nodes[name] = OfNode()
         learned.outcomes.add(False, now_s)
         row = node.models.get(ask.key)
         if stats is None or row is None or ask.unload:
@@ -276,7 +279,9 @@ class Speeds:
         machine = self.machine(name, node.report).hardware
         if learned.known != machine.known:  # an agent came or went: the corrections relate to another promise
             learned.known, learned.prefill, learned.decode = machine.known, Rate(), Rate()
-        here = learned.models.setdefault(ask.key, ModelOnNode())
+        here = learned.models.get(ask.key)
+        if here is None:
+            here = learned.models[ask.key] = ModelOnNode()
         if not probe:
             self._of_model(ask, stats)
         decode_tok_s = evidence.decode_tok_s(ask, stats, first_byte_s, total_s)
@@ -300,7 +305,7 @@ class Speeds:
             self._load_bytes_s = evidence.typical_load_bytes_s(self.nodes.values())
             self._cache.clear()  # whoever has not loaded anything yet is expected to load so fast
             self._stamps[""] += 1
-        self._forget_estimates(name, machine.known)
+        self._tell(name, ask.key, learned, here)
 
     def observe_failure(self, name: str, lost_s: float, now_s: float) -> None:
         """Learn that an attempt on the node ``name`` failed after ``lost_s``."""
@@ -321,11 +326,26 @@ class Speeds:
             del sizes[next(iter(sizes))]
 
     def _of_model(self, ask: Ask, stats: FinalStats) -> None:
-        model = self.models.setdefault(ask.key, OfModel())
+        model = self.models.get(ask.key)
+        if model is None:
+            model = self.models[ask.key] = OfModel()
         if stats.output_tokens is not None:
             self.lengths.observe(ask, stats.output_tokens)
         if stats.prompt_tokens and ask.prompt_tokens >= evidence.MIN_PREFILL_TOKENS and not ask.images:
             model.prompt_ratio.add(min(max(stats.prompt_tokens / ask.prompt_tokens, 0.25), 4.0))
+
+    def _tell(self, name: str, key: str, learned: OfNode, here: ModelOnNode) -> None:
+        """Let decisions read the speeds anew, if they have moved since they were last told to."""
+        now = (
+            *(here.prefill_tok_s.log, here.decode_tok_s.log, here.load_s.log),
+            *(learned.prefill.log, learned.decode.log, learned.load_bytes_s.log),
+            *(learned.crowding.value, learned.sharing.value),
+        )
+        told = self._told.get((name, key))
+        if told is None or any(abs(new - old) > MOVED for new, old in zip(now, told, strict=True)):
+            self._told[name, key] = now
+            self._stamps[name] += 1
+            self._forget_estimates(name, learned.known)
 
     def _forget_estimates(self, name: str, known: bool) -> None:
         if self._compare(known):

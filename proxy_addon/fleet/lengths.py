@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from statistics import NormalDist
@@ -38,6 +38,7 @@ BUCKETS = 16 * PER_OCTAVE + 1  #: up to 65,536 tokens; the last holds all beyond
 FORGOTTEN = 1e-3  #: a smaller count is dropped
 MAX_TABLES = 2048  #: clients choose how many there are: the one unused for longest goes
 STALE = 16  #: answers of others after which a cached distribution is made anew
+STALE_SHARE = 1 / 16  #: of all that its own table knows, answers of its own after which it is as well
 OVERRUN = 0.25  #: what is longer than all that was ever seen goes on for this share of its length
 
 _VALUES = tuple(2 ** ((i + 0.5) / PER_OCTAVE) for i in range(BUCKETS))  #: the middle of each bucket
@@ -128,6 +129,7 @@ class OutputLengths:
     def __init__(self, tables: dict[str, Histogram] | None = None) -> None:
         self.tables = tables if tables is not None else {}
         self._cache: dict[tuple[str, str, str], Distribution] = {}
+        self._unread: dict[tuple[str, str, str], int] = {}  # answers that are not in the cached one
         self._seen = 0
 
     def of(self, ask: Ask) -> Lengths:
@@ -159,21 +161,29 @@ class OutputLengths:
         while len(self.tables) > MAX_TABLES:
             del self.tables[next(iter(self.tables))]
         self._seen += 1
+        unread = self._unread.get(key, 0) + 1
         if self._seen % STALE == 0:
             self._cache.clear()
-        else:
+            self._unread.clear()
+        elif unread >= self.tables[names[-1]].total * STALE_SHARE:
             self._cache.pop(key, None)
+            self._unread.pop(key, None)
+        else:
+            self._unread[key] = unread
 
-    def _blend(self, names: Iterable[str]) -> Distribution:
-        shares = PRIOR.shares
-        for name in names:
+    def _blend(self, names: Sequence[str]) -> Distribution:
+        left, seen = 1.0, []  # what each table leaves to those before it, the prior last
+        for name in reversed(names):
             table = self.tables.get(name)
             if table is None or not table.total:
                 continue
             whole = table.total + CONCENTRATION
-            shares = [share * CONCENTRATION / whole for share in shares]
-            for bucket, count in table.counts.items():
-                shares[bucket] += count / whole
+            seen.append((table.counts, left / whole))
+            left *= CONCENTRATION / whole
+        shares = [share * left for share in PRIOR.shares]
+        for counts, weight in seen:
+            for bucket, count in counts.items():
+                shares[bucket] += count * weight
         return Distribution(shares)
 
 
