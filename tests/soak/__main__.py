@@ -26,7 +26,7 @@ import aiohttp
 from tests.soak.house import HOUSES
 from tests.soak.judge import Violation, excused, judge
 from tests.soak.ledger import GRACE_S, Ledger
-from tests.soak.measure import grown, idle_nodes, settled
+from tests.soak.measure import KEPT_IDLE_S, grown, idle_nodes, settled
 from tests.soak.node import STATE
 from tests.soak.outcome import LIMIT_S, Outcome
 from tests.soak.processes import ROOT, Clients, Node, Program, Proxy, free_ports
@@ -37,6 +37,8 @@ from tests.soak.storm import Broken, Storm
 WARM_S = GRACE_S + 2.0  #: from then on the nodes count as well
 CALM_S = GRACE_S + 5.0  #: after the storm: everything must work as before
 BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
+LONG_MINUTES = 5.0
+REST_MORE_S = 5.0
 SHOWN = 20  #: violations that are printed; all are in the folder
 
 
@@ -70,6 +72,12 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     proxy.configure()
     programs = [proxy, clients, *nodes, *(node.agent for node in nodes)]
     half_s = options.minutes * 60 / 2
+    # In a long soak the proxy rests until it has closed what it keeps for requests; in a short one it may keep
+    # as many connections to nodes as there were requests at once.
+    rest_s, kept = (
+        (KEPT_IDLE_S + REST_MORE_S, 0) if options.minutes >= LONG_MINUTES else (0.0, options.clients)
+    )
+    node_ports = {node.port for node in nodes}
     reloads = "reload" in built()
     upgrades = "upgrade" in built()
     async with AsyncExitStack() as stack:
@@ -87,16 +95,16 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
         first = schedule(f"{options.seed}/1", half_s, renewals=True, reloads=reloads, upgrades=upgrades)
         await storm.run(first)
         await clients.rest(LIMIT_S * 2)
-        before = await settled(session, proxy.url, proxy.pid)
+        before = await settled(session, proxy.url, proxy.pid, node_ports, rest_s)
 
         clients.go()
         await storm.run(schedule(f"{options.seed}/2", half_s, renewals=False, reloads=reloads))
         await asyncio.sleep(CALM_S)
         await clients.rest(LIMIT_S * 2)
-        after = await settled(session, proxy.url, proxy.pid)
+        after = await settled(session, proxy.url, proxy.pid, node_ports, rest_s)
         await storm.all_up()
 
-        broken = [*storm.violations, *grown(before, after, count)]
+        broken = [*storm.violations, *grown(before, after, count, kept)]
         for url, state in (await idle_nodes(session, [node.url for node in nodes], STATE)).items():
             broken.append(f"{url} still works on {state} that nobody waits for")
         if after.hook_errors:

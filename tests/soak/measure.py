@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,8 +19,10 @@ SETTLE_LIMIT_S = 30.0
 #: slowly; a leak of 1 kB a request shows after 30,000 requests.
 RSS_MORE_BYTES = 32 << 20
 RSS_MORE_SHARE = 0.25
-#: Polls keep a connection or two to each node and its agent; which of them is open at a moment varies.
+#: Polls keep a connection or two to each node and its agent; which of them is open at a moment varies. So do
+#: those that are kept for requests, unless the rest was longer than they are kept idle.
 FDS_MORE_PER_NODE = 4
+KEPT_IDLE_S = 60.0  #: ``lane/pool.py``
 #: Of each node's polls, up to four tasks (round, ps, tags, agent) may be under way at a look.
 TASKS_MORE_PER_NODE = 4
 
@@ -32,6 +34,7 @@ class Measure:
     rss_bytes: int
     fds: int
     client_sockets: int
+    node_sockets: int
     tasks: int
     open_requests: int
     in_flight: int
@@ -44,12 +47,15 @@ class Measure:
         return not (self.client_sockets > 1 or self.open_requests > 1 or self.in_flight or self.queue)
 
 
-def grown(before: Measure, after: Measure, nodes: int) -> list[str]:
-    """What has not come back to its base."""
+def grown(before: Measure, after: Measure, nodes: int, kept: int) -> list[str]:
+    """What has not come back to its base; ``kept`` connections to nodes may wait for another request."""
     rss_limit = before.rss_bytes + max(RSS_MORE_BYTES, int(before.rss_bytes * RSS_MORE_SHARE))
+    other_before, other_after = before.fds - before.node_sockets, after.fds - after.node_sockets
+    polls = FDS_MORE_PER_NODE * nodes
     limits = (
         ("RSS in bytes", before.rss_bytes, after.rss_bytes, rss_limit),
-        ("file descriptors", before.fds, after.fds, before.fds + FDS_MORE_PER_NODE * nodes),
+        ("other file descriptors", other_before, other_after, other_before + polls),
+        ("connections to nodes", before.node_sockets, after.node_sockets, kept + polls),
         ("tasks", before.tasks, after.tasks, before.tasks + TASKS_MORE_PER_NODE * nodes),
         # The request and the connection that ask for the metrics are open themselves.
         ("connections of clients", before.client_sockets, after.client_sockets, 1),
@@ -60,7 +66,7 @@ def grown(before: Measure, after: Measure, nodes: int) -> list[str]:
     return [f"{what}: {was} before, {now} after" for what, was, now, most in limits if now > most]
 
 
-async def measure(session: aiohttp.ClientSession, url: str, pid: int) -> Measure:
+async def measure(session: aiohttp.ClientSession, url: str, pid: int, node_ports: Set[int]) -> Measure:
     """Look at the proxy once."""
     async with session.get(f"{url}/metrics") as answer:
         text = await answer.text()
@@ -78,6 +84,7 @@ async def measure(session: aiohttp.ClientSession, url: str, pid: int) -> Measure
             bool(each.laddr and each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED)
             for each in sockets
         ),
+        node_sockets=sum(bool(each.raddr and each.raddr.port in node_ports) for each in sockets),
         tasks=int(sums["sollol_tasks"]),
         open_requests=int(sums["sollol_requests_open"]),
         in_flight=int(sums.get("sollol_requests_in_flight", 0)),
@@ -86,16 +93,19 @@ async def measure(session: aiohttp.ClientSession, url: str, pid: int) -> Measure
     )
 
 
-async def settled(session: aiohttp.ClientSession, url: str, pid: int) -> Measure:
+async def settled(
+    session: aiohttp.ClientSession, url: str, pid: int, node_ports: Set[int], rest_s: float
+) -> Measure:
     """The proxy once it is at rest, or a limit has passed; of tasks and files the fewest of some looks."""
+    await asyncio.sleep(rest_s)
     deadline_s = time.monotonic() + SETTLE_LIMIT_S
     looks: list[Measure] = []
     while len(looks) < 6 and time.monotonic() < deadline_s:
-        now = await measure(session, url, pid)
+        now = await measure(session, url, pid, node_ports)
         looks = [*looks, now] if now.at_rest else [now]
         await asyncio.sleep(ASK_S)
     last = looks[-1]
-    fewest = {name: min(getattr(look, name) for look in looks) for name in ("fds", "tasks")}
+    fewest = {name: min(getattr(look, name) for look in looks) for name in ("fds", "node_sockets", "tasks")}
     return Measure(**{**vars(last), **fewest})
 
 

@@ -54,6 +54,15 @@ def report(
     ]
     base: list[list[object]] = [["at rest", "before", "after"]]
     base.append(["RSS", f"{before.rss_bytes / MIB:.0f} MiB", f"{after.rss_bytes / MIB:.0f} MiB"])
-    for name in ("fds", "tasks", "client_sockets", "open_requests", "in_flight", "queue", "hook_errors"):
+    for name in (
+        "fds",
+        "tasks",
+        "client_sockets",
+        "node_sockets",
+        "open_requests",
+        "in_flight",
+        "queue",
+        "hook_errors",
+    ):
         base.append([name.replace("_", " "), getattr(before, name), getattr(after, name)])
     return "\n".join([title, "", *table(shapes), "", *table(counted), "", *table(base)])
