@@ -34,7 +34,8 @@ class RunningProxy:
         self._state = tempfile.TemporaryDirectory(prefix="sollol-test-")
         merged = {**FAST, **settings}
         for key in FAST.keys() & settings.keys():
-            merged[key] = {**FAST[key], **settings[key]}
+            if isinstance(FAST[key], dict):
+                merged[key] = {**FAST[key], **settings[key]}
         self.settings = Settings.model_validate(
             {
                 "listen": "127.0.0.1:0",

@@ -27,6 +27,8 @@ from tests.fakes.tokens import check_stream
 from tests.proxy.asks import BY_NAME, WAYS, Heard, Way, ask
 from tests.proxy.running import RunningProxy, with_slots
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = "[[id:job]] [[n:12]] count"
 LLAMA = "registry.ollama.ai/library/llama3.2:latest"
 LIMITS = {"connect_s": 0.5, "first_byte_s": 0.7, "load_s": 0.3, "idle_s": 0.5, "whole_answer_s": 0.7}

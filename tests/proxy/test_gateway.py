@@ -13,6 +13,8 @@ import pytest
 from tests.fakes.ollama_node import FakeOllama
 from tests.proxy.running import RunningProxy
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "[[id:x]] [[n:3]] hi"}]}
 
 

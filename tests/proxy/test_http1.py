@@ -10,6 +10,8 @@ import pytest
 from tests.fakes.fixtures import NodeFactory
 from tests.proxy.running import RunningProxy
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 REFUSED = {
     "two lengths": (
         b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}"

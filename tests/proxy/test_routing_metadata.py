@@ -13,6 +13,8 @@ from tests.fakes.tokens import check_stream
 from tests.proxy.asks import BY_NAME, ask
 from tests.proxy.running import RunningProxy
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = "[[id:meta]] [[n:6]]"
 SEED_KEYS = {"host", "task_type", "complexity", "decision_score", "actual_duration_ms", "queue_wait_ms"}
 

@@ -22,6 +22,8 @@ from tests.fakes.tokens import check_stream
 from tests.proxy.asks import BY_NAME, Heard, Way, ask
 from tests.proxy.running import RunningProxy
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = "[[id:job]] [[n:12]] count"
 CHAT = BY_NAME["chat"]
 WAYS = [CHAT, BY_NAME["openai"], BY_NAME["anthropic"], BY_NAME["chat-whole"]]

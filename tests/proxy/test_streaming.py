@@ -6,11 +6,14 @@ import asyncio
 
 import aiohttp
 import orjson
+import pytest
 
 from tests.fakes.faults import hang
 from tests.fakes.fixtures import NodeFactory
 from tests.fakes.tokens import check_stream
 from tests.proxy.running import RunningProxy
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 ENDLESS = "[[id:flood]] [[n:1000000]]"
 STALL_LIMIT_BYTES = 64 << 20  #: far above the kernel's socket buffers, far below what would be sent

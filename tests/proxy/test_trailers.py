@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import orjson
+import pytest
 
 from tests.fakes.fixtures import NodeFactory
 from tests.proxy.running import RunningProxy
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 BODY = orjson.dumps({"model": "llama3.2", "prompt": "[[id:t]] [[n:3]]", "stream": False})
 

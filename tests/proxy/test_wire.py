@@ -20,6 +20,8 @@ from tests.fakes.raw import request_bytes
 from tests.fakes.store import embedding_model
 from tests.proxy.running import RunningProxy
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHAT = {"model": "llama3.2", "stream": False, "messages": [{"role": "user", "content": "[[n:2]] hi"}]}
 
 
