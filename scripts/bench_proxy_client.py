@@ -23,6 +23,7 @@ import uvloop
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 STAMP = re.compile(rb"@(\d+):(\d+)@")
 LAST = b"0\r\n\r\n"
+ANSWERED = b"HTTP/1.1 200"
 LATE_US = 250_000  #: an app that shows tokens looks stuck
 GRACE_S = 3.0  #: for what is still on its way at the end of a schedule
 REST_S = 30.0  #: a request that takes longer than that is given up
@@ -108,6 +109,11 @@ def answer_end(data: bytes) -> int | None:
     return len(data) if data.endswith(LAST) else None
 
 
+def status(data: bytes) -> str:
+    """What an answer's first line says."""
+    return data[:80].partition(b"\r")[0].decode("latin-1")
+
+
 class Small:
     """All connections of a run and what they found."""
 
@@ -158,8 +164,8 @@ class Asker(asyncio.Protocol):
             return
         run, now_s, self._data = self._run, time.perf_counter(), b""
         run.answered += 1
-        if not data.startswith(b"HTTP/1.1 200"):
-            run.wrong[data[:32].decode("latin-1")] += 1
+        if not data.startswith(ANSWERED):
+            run.wrong[status(data)] += 1
         elif self._begun_s >= run.warm_s:
             run.took_s.append(now_s - self._begun_s)
             run.last_s = now_s
@@ -253,6 +259,10 @@ class Reader(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_us, run = time.monotonic_ns() // 1000, self._run
         if not self._open:
+            self._rest = data = self._rest + data
+            if len(data) < len(ANSWERED):
+                return
+            self._rest = b""
             self._begin(data)
         self._last = data[-5:] if len(data) >= 5 else (self._last + data)[-5:]
         if self._rest:
@@ -269,8 +279,8 @@ class Reader(asyncio.Protocol):
         self._open = True
         self._run.open += 1
         self._run.open_most = max(self._run.open, self._run.open_most)
-        if not data.startswith(b"HTTP/1.1 200"):
-            self._run.wrong[data[:32].decode("latin-1")] += 1
+        if not data.startswith(ANSWERED):
+            self._run.wrong[status(data)] += 1
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._run.open -= self._open

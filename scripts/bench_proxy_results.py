@@ -98,9 +98,9 @@ class Results:
     def added_ms(self, own: Figures, direct: str, concurrency: int, value: Callable[[Small], float]) -> float:
         """What a subject adds to the direct connection of the same round; the median over the rounds."""
         base = self.of(direct)
-        rounds = [[value(one) for one in who.small if one.concurrency == concurrency]
-                  for who in (own, base) if who]  # fmt: skip
-        return median(mine - its for mine, its in zip(*rounds, strict=True)) if len(rounds) == 2 else math.nan
+        mine, its = ([value(one) for one in who.small if one.concurrency == concurrency] if who else []
+                     for who in (own, base))  # fmt: skip
+        return median(with_it - without for with_it, without in zip(mine, its, strict=False))
 
     def save(self, path: Path) -> None:
         """Keep it."""

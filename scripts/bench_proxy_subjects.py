@@ -52,16 +52,13 @@ class Api:
 
     def small(self) -> Request:
         """A request that the node answers at once."""
-        if self.native:
-            return Request("/api/embed", json.dumps({"model": "embed", "input": "hello"}))
-        return self._chat("Hello", stream=False)
+        body = json.dumps({"model": "embed", "input": "hello"})
+        return Request("/api/embed" if self.native else "/v1/embeddings", body)
 
     def stream(self, chunks: int, per_s: float, hold: int = 0) -> Request:
         """A chat answered in pieces."""
-        return self._chat(SAID.format(chunks=chunks, per_s=per_s, hold=hold), stream=True)
-
-    def _chat(self, text: str, stream: bool) -> Request:
-        body = {"model": "llama3.2", "messages": [{"role": "user", "content": text}], "stream": stream}
+        said = {"role": "user", "content": SAID.format(chunks=chunks, per_s=per_s, hold=hold)}
+        body = {"model": "llama3.2", "messages": [said], "stream": True}
         return Request("/api/chat" if self.native else "/v1/chat/completions", json.dumps(body))
 
 
