@@ -72,11 +72,10 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     proxy.configure()
     programs = [proxy, clients, *nodes, *(node.agent for node in nodes)]
     half_s = options.minutes * 60 / 2
-    # In a long soak the proxy rests until it has closed what it keeps for requests; in a short one it may keep
-    # as many connections to nodes as there were requests at once.
-    rest_s, kept = (
-        (KEPT_IDLE_S + REST_MORE_S, 0) if options.minutes >= LONG_MINUTES else (0.0, options.clients)
-    )
+    # In a long soak the proxy rests until it has closed what it keeps for requests; in a short one it may
+    # keep as many connections to nodes as there were requests at once.
+    long = options.minutes >= LONG_MINUTES
+    rest_s, kept = (KEPT_IDLE_S + REST_MORE_S, 0) if long else (0.0, options.clients)
     node_ports = {node.port for node in nodes}
     reloads = "reload" in built()
     upgrades = "upgrade" in built()

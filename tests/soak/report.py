@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from tests.soak.measure import Measure
 from tests.soak.outcome import End, Outcome
@@ -54,15 +55,7 @@ def report(
     ]
     base: list[list[object]] = [["at rest", "before", "after"]]
     base.append(["RSS", f"{before.rss_bytes / MIB:.0f} MiB", f"{after.rss_bytes / MIB:.0f} MiB"])
-    for name in (
-        "fds",
-        "tasks",
-        "client_sockets",
-        "node_sockets",
-        "open_requests",
-        "in_flight",
-        "queue",
-        "hook_errors",
-    ):
+    for field in fields(Measure)[1:]:
+        name = field.name
         base.append([name.replace("_", " "), getattr(before, name), getattr(after, name)])
     return "\n".join([title, "", *table(shapes), "", *table(counted), "", *table(base)])
