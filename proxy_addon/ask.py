@@ -199,10 +199,10 @@ def _int(body: Mapping[str, Any], name: str) -> int | None:
 def _inference(ask: Ask, body: Mapping[str, Any]) -> None:
     native = ask.endpoint.protocol == "native"
     options = _typed(body, "options", dict, {}) if native else {}  # elsewhere Ollama reads none
-    named = _runner_options(options, body if native else {})
-    ask.reload_key = normal(named)
-    ask.plain = frozenset(named.keys() - dict(ask.reload_key).keys())
-    ask.num_ctx = num_ctx_of(ask.reload_key)
+    if named := _runner_options(options, body if native else {}):
+        ask.reload_key = normal(named)
+        ask.plain = frozenset(named.keys() - dict(ask.reload_key).keys())
+        ask.num_ctx = num_ctx_of(ask.reload_key)
     limit = _int(options, "num_predict")
     for name in () if native else ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         limit = limit if limit is not None else _int(body, name)

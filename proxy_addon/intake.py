@@ -57,7 +57,8 @@ class Understand:
         rec = record.of(flow)
         if rec is None or flow.response is not None:
             return
-        await self.ready.wait()
+        if not self.ready.is_set():
+            await self.ready.wait()
         endpoint = rec.endpoint
         if endpoint is None:
             flow.response = errors.plain(404, "404 page not found")

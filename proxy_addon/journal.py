@@ -59,7 +59,9 @@ class Journal:
     def add(self, record: Record) -> None:
         """Keep a finished request that was for Ollama; requests about the proxy itself are not journalled."""
         if record.endpoint is not None:
-            self._add(pack(record, self._clock()))
+            line = orjson.dumps(pack(record, self._clock()))
+            self._keep(record.id, CURRENT, line, bool(record.decisions))
+            self.file.append(line)
 
     def planned(self, coordinator: str, plan: ShardPlan) -> None:
         """Keep a plan that ``coordinator`` has told of."""
@@ -120,15 +122,18 @@ class Journal:
         """Keep in memory what ``line`` says."""
         match made:
             case {"id": str(entry_id), "decisions": [*decisions]}:
-                self._requests[entry_id] = columns, line, bool(decisions)
-                if len(self._requests) > self._in_memory:
-                    self._requests.popitem(last=False)
+                self._keep(entry_id, columns, line, bool(decisions))
             case {"note": str(), "id": str(), "at": str(), "data": dict()}:
                 self.notes.append(made)
             case {"plan": {"id": str(plan_id)}}:
                 self.plans[plan_id] = made
                 if len(self.plans) > PLANS:
                     self.plans.popitem(last=False)
+
+    def _keep(self, entry_id: str, columns: Columns, line: bytes, placed: bool) -> None:
+        self._requests[entry_id] = columns, line, placed
+        if len(self._requests) > self._in_memory:
+            self._requests.popitem(last=False)
 
     def _unpacked(self, columns: Columns, line: bytes) -> Entry:
         """What ``line`` says, with the plan by which it was served, where that is known.

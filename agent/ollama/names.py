@@ -87,11 +87,13 @@ def parse(name: str) -> Name:
     return found
 
 
+@lru_cache(maxsize=4096)
 def canonical(name: str) -> str:
     """Return the key under which ``name`` is compared: the full name in lower case; raises as ``parse``."""
     return parse(name).key
 
 
+@lru_cache(maxsize=4096)
 def display(name: str) -> str:
     """Return the short form of ``name`` as Ollama prints it (``gemma3:270m``); raises as ``parse``."""
     return parse(name).display

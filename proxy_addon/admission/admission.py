@@ -67,9 +67,8 @@ class Admission:
         if waiter.tag is None:
             waiter.cost_s = decision.service_s or NO_ESTIMATE_S
         if ready and not len(self.line):
-            now_s = self._now()
-            self.line.add(waiter, now_s)
-            self._go(waiter, decision, now_s)
+            self.line.pass_by(waiter, self._now())
+            self._start(waiter, decision)
             return decision
         if self.closing:
             raise limits.ending()

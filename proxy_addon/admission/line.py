@@ -96,10 +96,11 @@ class Line[T: Item]:
     def __init__(self, ageing_s: float) -> None:
         self.ageing_s = ageing_s
         self._levels: dict[int, _Level] = {}
+        self._size = 0
         self._numbers = count(1)
 
     def __len__(self) -> int:
-        return sum(level.size for level in self._levels.values())
+        return self._size
 
     def __contains__(self, item: T) -> bool:
         flow = self._flow(item)
@@ -113,7 +114,7 @@ class Line[T: Item]:
         """Let ``item`` wait. One that was here before stands where it stood, and its age has gone on."""
         if not item.number:
             item.number = next(self._numbers)
-        level = self._levels.setdefault(item.priority, _Level(item.priority))
+        level = self._level(item.priority)
         flow = level.flows.get(item.client)
         if flow is None:
             level.forget()
@@ -122,10 +123,23 @@ class Line[T: Item]:
             flow.tag = max(flow.tag, level.virtual)
         flow.put(item)
         level.size += 1
+        self._size += 1
         level.work_s += item.cost_s
         flow.work_s += item.cost_s
         if flow.items[0] is item:
             self._came_up(level, flow, now_s)
+
+    def pass_by(self, item: T, now_s: float) -> None:
+        """As :meth:`add` and :meth:`start` at once, where nobody waits: then nothing is owed afterwards."""
+        level = self._level(item.priority)
+        if not item.number:
+            item.number = next(self._numbers)
+        if item.since_s is None:
+            item.since_s = now_s
+        if item.tag is None:
+            flow = level.flows.get(item.client)
+            item.tag = level.virtual = level.virtual if flow is None else max(flow.tag, level.virtual)
+        level.flows.clear()
 
     def reage(self, ageing_s: float) -> None:
         """Let waiting be worth one priority every ``ageing_s``, for those who wait as well."""
@@ -200,6 +214,12 @@ class Line[T: Item]:
             work_s += flow.work_s * size / len(flow.items)
         return count, work_s
 
+    def _level(self, priority: int) -> _Level:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level(priority)
+        return level
+
     def _flow(self, item: T) -> _Flow | None:
         level = self._levels.get(item.priority)
         return level.flows.get(item.client) if level is not None else None
@@ -208,6 +228,7 @@ class Line[T: Item]:
         was_head = flow.items[0] is item
         flow.items.remove(item)
         level.size -= 1
+        self._size -= 1
         level.work_s -= item.cost_s
         flow.work_s -= item.cost_s
         if was_head:
