@@ -181,6 +181,7 @@ class Upstream(asyncio.Protocol):
             and not self.transport.is_closing()
         )
         self.used, self._asked, self._follower, self.sink, self.on_writable = True, False, None, None, None
+        self.resume()  # its client may not have taken all of that answer yet, but others will ask
         return stays
 
     def abort(self) -> None:
