@@ -91,6 +91,8 @@ def _reloads(draw: Random, length_s: float) -> list[Event]:
         node = draw.randrange(len(HOUSES))
         events.append(Event(at_s, "reload", node, variant=variant))
         at_s += draw.uniform(*RELOAD_PAUSE_S)
+    if events and events[-1].variant == "without":
+        events.pop()  # nobody is left out at the end
     return events
 
 

@@ -149,6 +149,7 @@ def test_every_kind_of_fault_comes_and_ends_in_time(seed: int) -> None:
     assert kinds == {"kill", "stop", "pull", "create", "delete", "reload", "restart", "upgrade"}
     assert all(event.at_s >= 0 and event.at_s + event.for_s <= 900.0 for event in events)
     assert events == sorted(events)
+    assert [e for e in events if e.kind == "reload"][-1].variant != "without"
 
 
 @pytest.mark.parametrize("seed", range(20))
