@@ -64,6 +64,10 @@ class Drain:
 
     def client_disconnected(self, client: Client) -> None:
         """A connection is closed."""
+        self.let_go_client(client)
+
+    def let_go_client(self, client: Client) -> None:
+        """It is not there any more."""
         self._clients.pop(client.id, None)
         self._see_who_is_left()
 

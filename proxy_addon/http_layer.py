@@ -10,9 +10,12 @@ from mitmproxy import ctx
 from mitmproxy.connection import Client, Server
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import GetHttpConnection, HttpLayer
+from mitmproxy.proxy.layers.http._http1 import Http1Client
 
 from proxy_addon.http_stream import FleetStream, ForgetUpstream
 from proxy_addon.lean_addons import LeanAddons
+
+NOBODY = -1  #: no stream has this id; what is said to it is dropped
 
 Commands = Generator[commands.Command, Any, None]
 
@@ -30,7 +33,11 @@ class FleetLayer(HttpLayer):
         for command in super().event_to_child(child, event):
             if isinstance(command, ForgetUpstream):
                 # Its state machine must go first: a late ConnectionClosed would hit the retried stream.
-                if self.connections.pop(command.connection, None) and command.connection.connected:
+                forgotten = self.connections.pop(command.connection, None)
+                speaker = getattr(forgotten, "child_layer", None)  # of an HttpClient
+                if isinstance(speaker, Http1Client):
+                    speaker.stream_id = NOBODY  # it may be about to say more of what it has read
+                if forgotten and command.connection.connected:
                     yield commands.CloseConnection(command.connection)
             elif isinstance(command, commands.StartHook) and isinstance(ctx.master.addons, LeanAddons):
                 if _run(command, self.context.client):

@@ -4,8 +4,8 @@ mitmproxy logs what a hook raises and carries on ("hooks fail open"). :func:`pro
 addon: the exception is logged once with its traceback under the request's id, counted, and done is what
 :data:`INSTEAD` has for the hook. A hook that is not there only looks: the flow goes on.
 
-An addon that holds something for each request gives it up at the request's end; ``let_go(flow)``, if it has
-that method, is called where its own hook of the end has failed.
+An addon that holds something for each request gives it up at the request's end; its ``let_go(flow)``, where
+it has that method, is called if its own hook of the end has failed. ``let_go_client(client)`` likewise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 #: Events of the process, not of a request or connection: what they raise must reach mitmproxy.
 LIFECYCLE = frozenset({"load", "configure", "running", "done", "update"})
 SentBy = Callable[[Client], Record | None]
-ENDS = ("response", "error")  #: the last hook of a request is one of these
+#: The hooks that end a request or a connection → what gives up all that was held for it.
+ENDS = {"response": "let_go", "error": "let_go", "client_disconnected": "let_go_client"}
 
 
 def hooks_of(addon: object) -> list[str]:
@@ -59,7 +60,7 @@ def _wrap(addon: Any, name: str, on_error: Callable[[str], None], sent_by: SentB
     hook, title, instead = getattr(addon, name), f"{type(addon).__name__}.{name}", INSTEAD.get(name)
     if name == "next_layer":
         hook = _unless_refused(hook)
-    let_go = getattr(addon, "let_go", None) if name in ENDS else None
+    let_go = getattr(addon, ENDS.get(name, ""), None)
 
     def failed(subject: Any) -> Awaitable[None] | None:
         rec = _record(subject, sent_by)
