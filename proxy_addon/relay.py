@@ -19,6 +19,7 @@ from mitmproxy import http
 from proxy_addon import errors, record, routing_metadata
 from proxy_addon.endpoints import Handling
 from proxy_addon.heads import first
+from proxy_addon.lane.framing import Chunked
 from proxy_addon.record import FinalStats
 
 #: A whole answer larger than this is let through before its end; so is a first or partial line.
@@ -121,7 +122,7 @@ class Tee:
         self._end = END.get(rec.endpoint.path) if rec.endpoint and self._separator else None
         self._whole_chunk = (self._separator or b"") + b"\r\n"  # how a chunk of whole lines ends
         self._partial = b""
-        self._last: deque[bytes] = deque(maxlen=4)
+        self._last: deque[tuple[bytes, bool]] = deque(maxlen=4)  # and whether it has its framing still
         self._now = now
         self.dirty = False  #: the client has seen half a line
 
@@ -135,7 +136,7 @@ class Tee:
             data = self._whole_lines(self._partial + data, separator)
             if not data:
                 return ()
-        self._last.append(data)
+        self._last.append((data, False))
         return self._annotated(data, now_s) if self._annotate else data
 
     def passes(self, chunks: bytes) -> bool:
@@ -146,7 +147,7 @@ class Tee:
         if self._partial or self.dirty or self._annotate or not chunks.endswith(self._whole_chunk):
             return False
         self._came()
-        self._last.append(chunks)
+        self._last.append((chunks, True))
         return True
 
     def _came(self) -> float:
@@ -184,7 +185,7 @@ class Tee:
         if torn:
             rest = b""  # half an object, which has no separator because it has no end
         if rest:
-            self._last.append(rest)
+            self._last.append((rest, False))
         tail = self.tail
         self._rec.stats = read_stats(tail)
         if self._end is not None and (torn or not self._end.search(tail)):
@@ -200,7 +201,7 @@ class Tee:
     @property
     def tail(self) -> bytes:
         """The last pieces, joined."""
-        return b"".join(self._last)
+        return b"".join([Chunked().feed(data) if framed else data for data, framed in self._last])
 
     def cut(self, reason: str) -> bytes:
         """The bytes that end this stream after the node failed: on a line of its own, in its protocol."""
