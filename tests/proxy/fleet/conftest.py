@@ -40,14 +40,16 @@ async def watched() -> AsyncIterator[WatchFactory]:
     # The time of the whole answer is set by every poll; the connector must not limit a fleet.
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
-    def start(*nodes: FakeOllama, agent_url: str | None = None, **settings: Any) -> Watched:
+    def start(
+        *nodes: FakeOllama, agent_url: str | None = None, proxy_id: str = "proxy-1", **settings: Any
+    ) -> Watched:
         poll = {"interval_s": 0.05, "timeout_s": 0.4, **settings.pop("poll", {})}
         discovery = {"agents": False, **settings.pop("discovery", {})}
         fleet = Fleet()
         for fake in nodes:
             fleet.add(Node("127.0.0.1", fake.server.port, agent_url=agent_url))
         tree = Settings.model_validate({"poll": poll, "discovery": discovery, **settings})
-        found = Watched(fleet, Watch(fleet, tree, lambda: session, "proxy-1"))
+        found = Watched(fleet, Watch(fleet, tree, lambda: session, proxy_id))
         fleet.on_lost.append(lambda node, reason: found.lost.append((node.name, reason)))
         found.watch.start()
         made.append(found)
