@@ -27,6 +27,8 @@ TELL_S = 2.0  #: for the last words to those who are cut off
 #: A kept connection that is closed while its next request is on the way loses that request. So a client that
 #: is in the middle of something is given this long to come back, and is then told to close by the answer.
 IDLE_S = 1.0
+#: Where another process has taken over, nobody waits for this one's end: then it can be more than enough.
+SUCCEEDED_IDLE_S = 10.0
 
 
 class Lane(Protocol):
@@ -45,6 +47,7 @@ class Drain:
 
     def __init__(self, cut: Callable[[str], None]) -> None:
         self.ending = False
+        self._idle_s = IDLE_S
         self.lane: Lane | None = None
         self._late = False  #: the limit has passed: nothing is begun any more
         self._cut = cut
@@ -109,7 +112,7 @@ class Drain:
 
     def _close_when_idle(self, client_id: str) -> None:
         if self.ending and client_id in self._clients:
-            asyncio.get_running_loop().call_later(IDLE_S, self._close_idle, client_id)
+            asyncio.get_running_loop().call_later(self._idle_s, self._close_idle, client_id)
 
     def _close_idle(self, client_id: str) -> None:
         if client_id in self._clients and client_id not in self._busy:
@@ -119,14 +122,20 @@ class Drain:
         if not self._clients and (self.lane is None or not self.lane.connected):
             self._gone.set()
 
-    async def wait(self, limit_s: float, close_ports: Callable[[], Awaitable[None]]) -> None:
-        """Close the ports and return when the last client has left, at the latest after ``limit_s``."""
+    async def wait(
+        self, limit_s: float, close_ports: Callable[[], Awaitable[None]], succeeded: bool = False
+    ) -> None:
+        """Close the ports and return when the last client has left, at the latest after ``limit_s``.
+
+        ``succeeded``: another process serves the ports by now.
+        """
         self.ending = True
+        self._idle_s = SUCCEEDED_IDLE_S if succeeded else IDLE_S
         await close_ports()
         for client_id in self._clients:
             self._close_when_idle(client_id)
         if self.lane is not None:
-            self.lane.drain(IDLE_S, self._see_who_is_left)
+            self.lane.drain(self._idle_s, self._see_who_is_left)
         self._see_who_is_left()
         if self._open:
             log.info("Shutting down: %d answers in progress have up to %g s.", len(self._open), limit_s)

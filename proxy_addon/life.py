@@ -110,7 +110,7 @@ class Life:
 
     async def _drained(self) -> None:
         sollol = self.lean.sollol
-        await sollol.drain.wait(sollol.settings.timeouts.drain_s, self.listening.stop)
+        await sollol.drain.wait(sollol.settings.timeouts.drain_s, self.listening.stop, sollol.succeeded)
         self.lean.shutdown()  # type: ignore[no-untyped-call]
 
     def _go(self, work: Coroutine[Any, Any, Any]) -> None:

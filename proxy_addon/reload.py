@@ -85,7 +85,7 @@ class Reloader:
         count: Callable[[str], None] = lambda result: None,
     ) -> None:
         self.settings = settings
-        self.last: Outcome | None = None
+        self.last: Outcome | None = None  #: of those that were to change something
         self._apply, self._count = apply, count
         self._one = asyncio.Lock()
 
@@ -114,7 +114,8 @@ class Reloader:
 
     def _told(self, result: Result, said: str) -> None:
         self._count(result)
-        self.last = Outcome(datetime.now(UTC).isoformat(timespec="seconds"), result, said)
+        if result != "unchanged" or self.last is None or self.last.result == "refused":
+            self.last = Outcome(datetime.now(UTC).isoformat(timespec="seconds"), result, said)
         log.log(logging.WARNING if result == "refused" else logging.INFO, "%s.", said[0].upper() + said[1:])
 
 
