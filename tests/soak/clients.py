@@ -58,13 +58,14 @@ def wish(draw: Random, id_: str) -> Wish:
     """Draw a request."""
     model = draw.choices(list(SHARES), list(SHARES.values()))[0]
     shape = draw.choice([shape for shape in SHAPES if shape.embeds == (model == EMBED)])
-    tokens = draw.randint(*(LONG_TOKENS if draw.random() < LONG_SHARE else TOKENS))
     share = draw.random()
     manner: Manner = "stay"
     if share < LEAVE_SHARE:
         manner = "leave"
     elif share < LEAVE_SHARE + SLOW_SHARE and shape.piece is not None:
         manner = "slow"
+    long = manner != "stay" or draw.random() < LONG_SHARE
+    tokens = draw.randint(*(LONG_TOKENS if long else TOKENS))
     filler = "word " * draw.randint(0, 200)
     prompt = f"{filler}[[id:{id_}]] [[n:{tokens}]]"
     leave_after_s = draw.uniform(0.0, LEAVE_AFTER_S)
