@@ -159,7 +159,7 @@ async def test_who_finds_all_slots_taken_by_the_other_proxy_waits_for_the_first_
 
 
 async def test_a_proxy_that_is_killed_loses_only_the_streams_that_it_carried(tmp_path: Path) -> None:
-    async with site(tmp_path, parallel=8) as here, nginx(tmp_path, here.proxies) as url:
+    async with site(tmp_path, parallel=16) as here, nginx(tmp_path, here.proxies) as url:
         prompts = [prompt(f"s{number}", 500) for number in range(12)]
         begun = [asyncio.Event() for _ in prompts]
 
