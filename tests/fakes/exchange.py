@@ -304,6 +304,8 @@ class Exchange:
         self._connection.notice()
         if fault.delay_s:
             await asyncio.sleep(fault.delay_s)
+        if fault.gate is not None:
+            await fault.gate.wait()
         connection = self._connection
         self.fault = None
         if fault.do == "hang":

@@ -44,6 +44,7 @@ action (``do``)       what happens then
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -124,6 +125,7 @@ class Fault:
     chunks: int = 0
     interval_s: float = 0.001
     delay_s: float = 0.0
+    gate: asyncio.Event | None = None  # waited for before it acts
     hits: int = 0
 
     def matches(self, method: str, path: str) -> bool:

@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
         while reuse and not exchange.body_complete and dropped < DISCARD_BYTES:
             await exchange._more.wait()
             dropped += exchange.discard()
-        if reuse and not exchange.body_complete:
+        if not exchange.body_complete:
             return self.linger()
         if not reuse:
             return self.close()

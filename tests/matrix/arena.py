@@ -152,9 +152,16 @@ class Arena:
         cell, wanted = case.cell, case.wanted
         if cell.exchange.upload:
             await client.ask("HEAD", f"/api/blobs/{case.own_digest}")
-        await faulty.break_down(case.node, cell)
+        gate = asyncio.Event()
+
+        def open_gate(body: bytes) -> None:
+            if faulty.seen(cell, body):
+                gate.set()
+
+        await faulty.break_down(case.node, cell, gate)
         sent = asking.body(cell.exchange, case.model, case.tag)
-        asked = client.ask("POST", asking.path(cell.exchange), sent)
+        on_body = open_gate if faulty.waits(cell) else None
+        asked = client.ask("POST", asking.path(cell.exchange), sent, on_body)
         try:
             seen = await asyncio.wait_for(asked, WAITS_S if wanted.sees is Sees.WAITS else None)
         except TimeoutError:

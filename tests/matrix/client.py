@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -43,8 +44,10 @@ class Client:
         """Whether the last answer left the connection fit for another request."""
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> Seen:
-        """Send one request and take its answer, whatever ends it."""
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", on_body: Callable[[bytes], None] | None = None
+    ) -> Seen:
+        """Send one request and take its answer, whatever ends it; ``on_body`` is told its body so far."""
         if self._h11.our_state is not h11.IDLE:
             self._h11.start_next_cycle()
         headers = [("Host", "localhost"), ("Content-Length", str(len(body)))]
@@ -56,7 +59,7 @@ class Client:
         sending = asyncio.create_task(self._send([piece for piece in sent if piece]))
         seen = Seen()
         try:
-            await self._receive(seen)
+            await self._receive(seen, on_body)
             if self.reusable:
                 await sending
         finally:
@@ -69,7 +72,7 @@ class Client:
             self._writer.write(piece)
             await self._writer.drain()
 
-    async def _receive(self, seen: Seen) -> None:
+    async def _receive(self, seen: Seen, on_body: Callable[[bytes], None] | None) -> None:
         body: list[bytes] = []
         try:
             while not seen.ended:
@@ -81,6 +84,8 @@ class Client:
                     seen.headers = {name.decode(): value.decode() for name, value in event.headers}
                 elif isinstance(event, h11.Data):
                     body.append(bytes(event.data))
+                    if on_body is not None:
+                        on_body(b"".join(body))
                 elif isinstance(event, h11.EndOfMessage):
                     seen.ended = True
                 elif isinstance(event, h11.ConnectionClosed):

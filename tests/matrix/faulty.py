@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 from tests.fakes.faults import TEXTS, Action, Fault, Moment
 from tests.fakes.ollama_node import FakeOllama
 from tests.matrix.asking import path
-from tests.matrix.cells import Cell, What, When
+from tests.matrix.cells import Cell, Protocol, What, When
 from tests.matrix.expectation import TOKENS_BEFORE
 
 LATE_S = 0.2  #: how late a node accepts that does so in time
@@ -66,6 +67,8 @@ _OF_AN_OBJECT = {
     What.TRICKLE,
 }
 _BEFORE_THE_LAST = {What.ENDS_EARLY, What.LONG_LINE, What.LONG_LINE_CUT}
+_IN_ONE_PIECE = {What.TOO_LONG, What.TOO_SHORT, What.LONG_LINE, What.LONG_LINE_CUT, What.TRICKLE}
+_FINAL: dict[Protocol, bytes] = {"native": b'"done":true', "openai": b"[DONE]", "anthropic": b"message_stop"}
 _SIZE = {
     What.TRICKLE: PIECE_BYTES,
     What.LONG_LINE: LONG_LINE_BYTES,
@@ -89,11 +92,30 @@ def moment(cell: Cell) -> tuple[Moment, int]:
     return _AT[cell.when], 0
 
 
-def fault(cell: Cell) -> Fault | None:
+def waits(cell: Cell) -> bool:
+    """Whether the fault of ``cell`` comes only once the client has seen what was sent before it.
+
+    So what has reached the client then is no matter of chance. Lengths and lines are sent in one piece.
+    """
+    late = cell.when is When.MID or (cell.when is When.LAST_BYTE and cell.what not in _BEFORE_THE_LAST)
+    return cell.exchange.stream and late and cell.what not in _IN_ONE_PIECE
+
+
+def seen(cell: Cell, body: bytes) -> bool:
+    """Whether ``body`` is all that the node sends before its fault."""
+    separator = b"\n" if cell.exchange.protocol == "native" else b"\n\n"
+    if cell.when is When.MID:
+        return body.count(separator) >= TOKENS_BEFORE
+    return _FINAL[cell.exchange.protocol] in body and body.endswith(separator)
+
+
+def fault(cell: Cell, gate: asyncio.Event | None = None) -> Fault | None:
     """The fault that waits on the node for ``cell``; None where the node as a whole is at fault."""
     if cell.what in (What.REFUSE, What.BLACK_HOLE, What.SLOW_ACCEPT):
         return None
     where: dict[str, Any] = {"times": None} if cell.when is When.CONNECT else _requests(cell)
+    if waits(cell):
+        where["gate"] = gate
     if cell.what in WORDS and cell.when in (When.HEAD, When.REQUEST):
         status, text = WORDS[cell.what]
         at: Literal["before_head", "mid_body"] = "before_head" if cell.when is When.HEAD else "mid_body"
@@ -109,15 +131,15 @@ def _requests(cell: Cell) -> dict[str, Any]:
     return {"times": None, "method": "POST", "path": path(cell.exchange)}
 
 
-async def break_down(node: FakeOllama, cell: Cell) -> None:
-    """Let ``node`` fail as ``cell`` says, from now on."""
+async def break_down(node: FakeOllama, cell: Cell, gate: asyncio.Event) -> None:
+    """Let ``node`` fail as ``cell`` says, from now on; ``gate`` is set when :func:`seen`."""
     if cell.what is What.REFUSE:
         await node.refuse()
     elif cell.what is What.BLACK_HOLE:
         await node.drop_syns()
     elif cell.what is What.SLOW_ACCEPT:
         node.slow_accept(LATE_S)
-    elif (made := fault(cell)) is not None:
+    elif (made := fault(cell, gate)) is not None:
         node.fail(made)
 
 
