@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import Any
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader
@@ -23,15 +25,25 @@ class Layers:
     """Lets mitmproxy choose the layer, then makes the choice ours."""
 
     def __init__(self, settings: Settings) -> None:
+        self._silent: dict[str, asyncio.TimerHandle] = {}  # by id of the client
         self.reconfigure(settings)
 
     def reconfigure(self, settings: Settings) -> None:
         """Judge clients by ``settings`` from now on."""
-        StrictServer.settings = settings
+        self.settings = StrictServer.settings = settings
 
     def load(self, _loader: Loader) -> None:
         """Mend what hangs below the layers."""
         http1.mend()
+
+    def client_connected(self, client: Client) -> None:
+        """Beyond the limit, whoever has been idle for longest makes room; nobody is silent for ever."""
+        StrictServer.idle[client] = None
+        if len(_connections()) > self.settings.guard.max_connections:
+            _close(next(iter(StrictServer.idle)))
+        loop = asyncio.get_running_loop()
+        # Until its first bytes a connection has no layer that could have a limit.
+        self._silent[client.id] = loop.call_later(self.settings.timeouts.keepalive_s, _close, client)
 
     def client_disconnected(self, client: Client) -> None:
         """Close what mitmproxy leaves open.
@@ -39,10 +51,14 @@ class Layers:
         It closes by cancelling the task that reads; if that has just read more and waits for its turn to say
         so, it ends without having closed anything.
         """
-        handler = ctx.master.addons.get("proxyserver").connections.get(client.id)
-        io = handler.transports.get(client) if handler is not None else None
-        if io is not None and io.writer is not None:
-            io.writer.close()
+        StrictServer.idle.pop(client, None)
+        self._speaks(client)
+        _close(client)
+
+    def _speaks(self, client: Client) -> None:
+        timer = self._silent.pop(client.id, None)
+        if timer is not None:
+            timer.cancel()
 
     def next_layer(self, next_layer: NextLayer) -> None:
         """Decide first what mitmproxy would decide (it does nothing the second time), then replace.
@@ -50,11 +66,24 @@ class Layers:
         TLS is taken only where it was loaded into a mitmdump, whose owner may have given it a certificate.
         """
         addons = ctx.master.addons
+        self._speaks(next_layer.context.client)
         if addons.get("tlsconfig") is None and starts_like_tls_record(next_layer.data_client()):
             next_layer.layer = PlainOnly(next_layer.context)
             return
         addons.get("nextlayer").next_layer(next_layer)
         install(next_layer)
+
+
+def _connections() -> dict[str, Any]:
+    """mitmproxy's, by id of the client."""
+    return ctx.master.addons.get("proxyserver").connections  # type: ignore[no-any-return]
+
+
+def _close(client: Client) -> None:
+    handler = _connections().get(client.id)
+    io = handler.transports.get(client) if handler is not None else None
+    if io is not None and io.writer is not None:
+        io.writer.close()
 
 
 class PlainOnly(Layer):

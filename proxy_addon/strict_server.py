@@ -12,6 +12,7 @@ from collections.abc import Generator
 from typing import Any, ClassVar, Literal
 
 from mitmproxy import http
+from mitmproxy.connection import Client
 from mitmproxy.net.http import http1
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers.http import ReceiveHttp
@@ -24,8 +25,11 @@ from proxy_addon.endpoints import protocol_of
 from proxy_addon.settings import Settings
 
 Commands = Generator[commands.Command, Any, None]
-Phase = Literal["idle", "head", "body"]
+Phase = Literal["idle", "head", "body", "next"]
 
+#: Of what a client sends behind a request that is not answered yet. These layers cannot stop reading a client
+#: for a while, so it is hung up on.
+READ_AHEAD_BYTES = 1 << 20
 BROKEN_BODY = Refusal(400, "the request's body is not framed as its head says")
 
 
@@ -33,6 +37,9 @@ class StrictServer(Http1Server):
     """One client's connection."""
 
     settings: ClassVar[Settings]  #: as they are now; set by ``layers.py``
+    idle: ClassVar[
+        dict[Client, None]
+    ] = {}  #: clients without a request, in the order in which they became so
     _phase: Phase | None = None  # what the client is waited for, None while it waits for us
     _since_s = 0.0
     _wakeups: dict[commands.RequestWakeup, Phase]
@@ -46,9 +53,14 @@ class StrictServer(Http1Server):
             yield from self._woken(self._wakeups.pop(event.command))
             return
         yield from super()._handle_event(event)
+        if self.state == self.wait and len(self.buf) > READ_AHEAD_BYTES:
+            yield from self._hang_up()
         phase = self._waited_for()
         if phase != self._phase or (phase == "body" and isinstance(event, events.DataReceived)):
             self._phase, self._since_s = phase, time.monotonic()
+            self.idle.pop(self.context.client, None)
+            if phase == "idle":
+                self.idle[self.context.client] = None
             if phase is not None and phase not in self._wakeups.values():
                 yield self._wakeup(phase, self._limit_s(phase))
 
@@ -56,6 +68,10 @@ class StrictServer(Http1Server):
 
     def read_headers(self, event: events.ConnectionEvent) -> Commands:
         """As the parent, for heads that every server reads alike."""
+        if isinstance(event, events.DataReceived) and not event.data:
+            # The next request has come with the one before. At once, a thousand of them would nest.
+            yield self._wakeup("next", 0)
+            return
         if isinstance(event, events.DataReceived):
             while bytes(self.buf)[:2] == b"\r\n":  # RFC 9112 §2.2; the parent would wait for more
                 self.buf.maybe_extract_at_most(2)
@@ -92,6 +108,10 @@ class StrictServer(Http1Server):
         limits = self.settings.timeouts
         return {"idle": limits.keepalive_s, "head": limits.head_s, "body": limits.body_s}[phase]
 
+    def _taken(self) -> bytes:
+        """What waits to be read, to be received once more."""
+        return bytes(self.buf.maybe_extract_at_most(len(self.buf)) or b"")
+
     def _wakeup(self, phase: Phase, delay_s: float) -> commands.RequestWakeup:
         # One that outlives its phase is found too early then, and asks again: a timer per connection, not
         # one per request.
@@ -100,6 +120,10 @@ class StrictServer(Http1Server):
         return command
 
     def _woken(self, phase: Phase) -> Commands:
+        if phase == "next":
+            if self.state == self.read_headers and self.buf:
+                yield from self._handle_event(events.DataReceived(self.conn, self._taken()))
+            return
         if phase != self._phase:
             return
         limit_s = self._limit_s(phase)
@@ -119,9 +143,9 @@ class StrictServer(Http1Server):
         yield from self._hang_up()
 
     def _hang_up(self) -> Commands:
-        reading, self.state, self._phase = self.state == self.read_body, self.done, None
+        busy, self.state, self._phase = self.state in (self.read_body, self.wait), self.done, None
         yield commands.CloseConnection(self.conn)
-        if reading:
+        if busy:
             left = RequestProtocolError(self.stream_id, "client disconnected", ErrorCode.CLIENT_DISCONNECTED)
             yield ReceiveHttp(left)
 

@@ -122,6 +122,7 @@ class ClientConnection(asyncio.Protocol):
             self.refuse(431, f"the request's line and headers are larger than {limit} bytes")
             return
         if end < 0:
+            self.resume()  # it may have been read ahead of an answer up to the middle of this head
             if not may_become_plain(self._buffer):
                 self._hand_over()
             elif self.front.busy(self):

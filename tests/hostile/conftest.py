@@ -11,10 +11,11 @@ import pytest_asyncio
 
 from tests.fakes.ollama_node import FakeOllama
 from tests.hostile.wire import Tap, tapped
-from tests.proxy.running import RunningProxy
+from tests.proxy.running import RunningProxy, with_slots
 
 #: So short that a test of a slow client takes a second, and long beside what the machine needs.
 LIMITS = {"head_s": 1, "body_s": 1, "keepalive_s": 3}
+SLOTS = 8  #: so that a stream that hangs keeps nobody from a slot
 POLLS = frozenset(("/api/version", "/api/tags", "/api/ps", "/api/show", "/"))
 CHAT = {
     "model": "llama3.2",
@@ -31,6 +32,7 @@ class House:
     tap: Tap
     proxy: RunningProxy
     session: aiohttp.ClientSession
+    way: str  #: "lane", or mitmproxy's "layers"
 
     async def answers_well(self) -> None:
         """Whoever behaves is served, whatever others do."""
@@ -50,9 +52,15 @@ class House:
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=["lane", "layers"])
 async def house(request: pytest.FixtureRequest) -> AsyncIterator[House]:
     async with (
-        FakeOllama() as node,
+        FakeOllama(num_parallel=SLOTS, time_scale=0.01) as node,
         tapped(node.server.port) as tap,
-        RunningProxy([tap], splice=request.param == "lane", timeouts=LIMITS) as proxy,
-        aiohttp.ClientSession() as session,
+        RunningProxy(
+            [with_slots(tap, SLOTS)],
+            splice=request.param == "lane",
+            timeouts=LIMITS,
+            poll={"timeout_s": 5},  # what floods the proxy here floods the loop that the node runs on, too
+        ) as proxy,
+        # Of kept connections the proxy would now and then close one just when it is used again.
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
     ):
-        yield House(node, tap, proxy, session)
+        yield House(node, tap, proxy, session, request.param)
