@@ -73,7 +73,10 @@ def judge_start(framing: Framing, held: bytes | bytearray, ended: bool) -> tuple
         return "wait", ""
     if not held:
         return "empty", "the node ended its answer before it began"
-    text = _error_of(framing, bytes(held[: end if end >= 0 else len(held)]))
+    first = bytes(held[: end if end >= 0 else len(held)])
+    if framing == "sse" and b'"model":""' in first:
+        return "empty", "its answer began with an error"  # which Ollama's OpenAI surface turns into this
+    text = _error_of(framing, first)
     return ("first_line", text) if text is not None else ("release", "")
 
 

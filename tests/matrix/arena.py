@@ -18,7 +18,8 @@ from tests.fakes.ollama_node import FakeModel, FakeOllama
 from tests.matrix import asking, check, faulty
 from tests.matrix.cells import Cell, Exchange, What
 from tests.matrix.client import Client, Seen
-from tests.matrix.expectation import Expectation, Sees, expectation
+from tests.matrix.expectation import Sees
+from tests.matrix.runs import Run, runs
 from tests.proxy.running import RunningProxy
 
 LIMIT_S = 60.0  #: within which every request must end, on a slow machine too
@@ -45,17 +46,16 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(eq=False)
 class Case:
-    """A cell with or without a healthy node beside the faulty one."""
+    """A run, with the node that fails in it."""
 
-    cell: Cell
-    alone: bool
+    run: Run
     number: int
     node: FakeOllama
 
     @property
-    def name(self) -> str:
-        """What a failing test shows."""
-        return f"{self.cell}{' | alone' if self.alone else ''}"
+    def cell(self) -> Cell:
+        """What fails how."""
+        return self.run.cell
 
     @property
     def model(self) -> str:
@@ -66,11 +66,6 @@ class Case:
     def tag(self) -> str:
         """What the tokens of the answer are made of."""
         return f"c{self.number}"
-
-    @property
-    def wanted(self) -> Expectation:
-        """What must be seen."""
-        return expectation(self.cell, self.alone)
 
     @property
     def source(self) -> str:
@@ -94,16 +89,10 @@ def _node(models: Iterable[str], size: int = 1 << 20) -> FakeOllama:
     )
 
 
-def _differs_alone(cell: Cell) -> bool:
-    """Whether ``cell`` is run without a healthy node too; a request's size makes no difference then."""
-    return cell.exchange.body == "small" and expectation(cell, True) != expectation(cell)
-
-
 async def run(cells: Sequence[Cell], splice: bool) -> dict[str, list[str]]:
     """Run ``cells``; what was wrong, by the name of the case, and under ``afterwards``."""
-    runs = [(cell, alone) for cell in cells for alone in (False, True) if not alone or _differs_alone(cell)]
-    cases = [Case(cell, alone, i, _node([f"model-{i}"])) for i, (cell, alone) in enumerate(runs)]
-    healthy = _node(case.model for case in cases if not case.alone)
+    cases = [Case(each, i, _node([f"model-{i}"])) for i, each in enumerate(runs(cells))]
+    healthy = _node(case.model for case in cases if not case.run.alone)
     for node in (*(case.node for case in cases), healthy):
         await node.start()
     for case in cases:  # resident there: no load is waited for
@@ -116,7 +105,7 @@ async def run(cells: Sequence[Cell], splice: bool) -> dict[str, list[str]]:
     async with RunningProxy(nodes, splice=splice, timeouts=SHORT if timed else LONG, **SETTINGS) as proxy:
         arena = Arena(proxy.port, healthy)
         found = await asyncio.gather(*(arena.run(case) for case in cases))
-        wrong = {case.name: each for case, each in zip(cases, found, strict=True) if each}
+        wrong = {str(case.run): each for case, each in zip(cases, found, strict=True) if each}
         if afterwards := await arena.afterwards(nodes):
             wrong["afterwards"] = afterwards
     for node in nodes:
@@ -149,7 +138,7 @@ class Arena:
             self._forget_bodies(case)
 
     async def _in_time(self, case: Case, client: Client) -> list[str]:
-        cell, wanted = case.cell, case.wanted
+        cell, wanted = case.cell, case.run.wanted
         if cell.exchange.upload:
             await client.ask("HEAD", f"/api/blobs/{case.own_digest}")
         gate = asyncio.Event()
@@ -187,7 +176,7 @@ class Arena:
             closed = seen.headers.get("connection", "").lower() == "close"
             return [] if closed or not seen.ended else ["the connection is of no more use"]
         wrong: list[str] = []
-        if not case.alone and not case.cell.exchange.upload:
+        if not case.run.alone and not case.cell.exchange.upload:
             for turn in "ab":  # on the faulty node's kept connection too, if there is one
                 tag = f"{case.tag}.{turn}"
                 after = await client.ask("POST", asking.path(SMALL), asking.body(SMALL, case.model, tag))

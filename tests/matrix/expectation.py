@@ -70,9 +70,7 @@ ROWS: tuple[tuple[Callable[[Cell], bool], Sees], ...] = (
     (lambda c: c.when not in _BODY or not c.exchange.stream, Sees.WHOLE_ELSEWHERE),
     # Whatever has gone out of a line that is too long to hold back cannot be taken back.
     (lambda c: c.what is What.LONG_LINE_CUT, Sees.CUT),
-    # Ollama's OpenAI surface says an error as a piece without words, which is none before the end.
-    (lambda c: c.what in _STATUS and c.when is When.FIRST_BYTE and c.exchange.protocol == "openai", Sees.CUT),
-    # Its Anthropic surface says nothing: such a stream is empty, whatever the reason.
+    # Ollama's other surfaces say an error within a stream without words, or not at all.
     (
         lambda c: c.what is What.UNKNOWN and c.when is When.FIRST_BYTE and c.exchange.protocol == "native",
         Sees.ITS_WORDS,

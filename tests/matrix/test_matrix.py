@@ -14,6 +14,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.timeout(300)  # sixty cells with bodies of 20 MB, on a slow machine
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "layers"])
 @pytest.mark.parametrize("group", [name for name, cells in GROUPS.items() if cells])
 async def test_every_cell_shows_the_client_what_it_must(group: str, splice: bool) -> None:
