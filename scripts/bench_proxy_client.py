@@ -56,7 +56,7 @@ class SmallTask:
 
 @dataclass(frozen=True)
 class SmallFound:
-    """Times of the requests that began after the warm-up; ``answered`` counts all."""
+    """Times of the requests that ended after the warm-up; ``answered`` counts all."""
 
     p50_ms: float
     p99_ms: float
@@ -166,7 +166,7 @@ class Asker(asyncio.Protocol):
         run.answered += 1
         if not data.startswith(ANSWERED):
             run.wrong[status(data)] += 1
-        elif self._begun_s >= run.warm_s:
+        elif now_s >= run.warm_s:
             run.took_s.append(now_s - self._begun_s)
             run.last_s = now_s
         if now_s < run.until_s:

@@ -41,6 +41,7 @@ from bench_routing_subjects import (
 START_LIMIT_S = 120.0  #: LiteLLM reads half a gigabyte of packages
 PARALLEL = 2048  #: what the node serves at a time, for those who count
 HEARTBEAT_S = 5.0
+HAPROXY_BYTES = 16384  #: its default; the larger ones of the routing benchmark cost it four times the time
 SAID = "[[chunks:{chunks} per_s:{per_s:g} hold:{hold}]] Why is the sky blue?"
 
 
@@ -120,8 +121,8 @@ def _litellm(node: Place, folder: Path, port: int) -> list[str]:
 
 
 def _herd(node: Place, folder: Path, port: int) -> list[str]:
-    where = ["--host", "127.0.0.1", "--port", str(port)]
-    return [str(own_program("bench-herd", "herd")), *where, "--log-level", "WARNING"]
+    start = [str(own_program("bench-herd", "python")), str(HERE / "peers" / "herd.py")]
+    return [*start, "--host", "127.0.0.1", "--port", str(port), "--log-level", "WARNING"]
 
 
 async def _heartbeats(node: Place, port: int) -> None:
@@ -165,7 +166,10 @@ SUBJECTS = {
     for subject in (
         Subject(DIRECT, "direct", None, lambda: ""),
         Subject("nginx", "nginx", _balancer(partial(nginx, "least_conn;")), partial(_said, "nginx", "-v")),
-        Subject("haproxy", "HAProxy", _balancer(haproxy), partial(_said, "haproxy", "-v")),
+        Subject(
+            "haproxy", "HAProxy", _balancer(partial(haproxy, buffer_bytes=HAPROXY_BYTES)),
+            partial(_said, "haproxy", "-v"),
+        ),
         Subject(ENVOY, "Envoy", _balancer(envoy), partial(_said, "envoy", "--version")),
         Subject(OWN, "`sollol proxy`", partial(_sollol, True), partial(version, "sollol")),
         Subject("sollol-layers", "the same, splice off", partial(_sollol, False), partial(version, "sollol")),

@@ -23,6 +23,7 @@ import aiohttp
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+RETRIED_BYTES = 262144  #: of a request; it is in HAProxy's buffer or it is not tried again
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
 #: SOLLOL's defaults, in real seconds for everybody: these limits are for machines that stand still, and this
@@ -82,10 +83,12 @@ def nginx(method: str, nodes: Sequence[Place], folder: Path, port: int, speed: f
     return [program("nginx"), "-p", str(folder), "-c", str(file)]
 
 
-def haproxy(nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list[str]:
+def haproxy(
+    nodes: Sequence[Place], folder: Path, port: int, speed: float, buffer_bytes: int = RETRIED_BYTES
+) -> list[str]:
     servers = "\n".join(f"    server node{index} {node.address}" for index, node in enumerate(nodes))
     times = {"connect_s": CONNECT_S, "check_ms": round(CHECK_S / speed * 1e3)}
-    file = filled("haproxy.cfg", folder, servers=servers, port=port, **times)
+    file = filled("haproxy.cfg", folder, servers=servers, port=port, buffer_bytes=buffer_bytes, **times)
     return [program("haproxy"), "-f", str(file)]
 
 
