@@ -122,7 +122,10 @@ async def soak(options: argparse.Namespace, folder: Path) -> int:
     faults: dict[str, int | str] = {**storm.done}
     faults |= {kind: "not in this build" for kind in ("reload", "upgrade") if kind not in built()}
     turned_away = sum(excused(outcome, ledger) for outcome in outcomes if outcome.end == "failed")
-    said = report(title, outcomes, faults, before, after, turned_away, len(texts))
+    covered = sum(
+        bool(ledger.healthy_holder(outcome.model, outcome.sent_s, outcome.ended_s)) for outcome in outcomes
+    )
+    said = report(title, outcomes, faults, before, after, covered, turned_away, len(texts))
     print(said)
     if options.docs:
         renew_docs(said)

@@ -161,6 +161,7 @@ class Client:
         ) as answer:
             outcome.first_byte_s, outcome.status = time.monotonic(), answer.status
             outcome.node = answer.headers.get("x-sollol-node", "")
+            outcome.attempts = int(answer.headers.get("x-sollol-attempts", 0))
             outcome.request_id = answer.headers.get("x-sollol-request-id", "")
             if answer.status != 200:
                 self._failed(shape, await answer.read(), outcome)

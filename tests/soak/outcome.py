@@ -45,6 +45,7 @@ class Outcome:
     detail: str = ""
     tokens: int = 0
     node: str = ""
+    attempts: int = 0
     request_id: str = ""
     slept_s: float = 0.0  #: by a slow reader
     retries: list[Retry] = field(default_factory=list)

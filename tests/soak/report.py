@@ -33,6 +33,7 @@ def report(
     faults: Mapping[str, int | str],
     before: Measure,
     after: Measure,
+    covered: int,
     excused: int,
     violations: int,
 ) -> str:
@@ -47,7 +48,10 @@ def report(
     retries = Counter(retry.why for o in outcomes for retry in o.retries)
     counted: list[list[object]] = [["what", "count"]]
     counted += [[kind, n] for kind, n in sorted(faults.items())]
+    moved = sum(o.attempts > 1 for o in outcomes if o.end in ("ok", "left"))
     counted += [
+        ["requests during which a node with their model was well all the time", covered],
+        ["requests that were served by another node than the first", moved],
         ["client retries: port refused", retries["refused"]],
         ["client retries: kept connection closed", retries["stale"]],
         ["turned away by a proxy that was about to end", excused],

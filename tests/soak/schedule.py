@@ -16,7 +16,12 @@ AWAY_S = (0.0, 1.0, 4.0, 10.0)
 #: How long a stopped node stays so: below and above what polls tolerate (about 4 s), and what a silent stream
 #: of a lost node is given (10 s more).
 STOPPED_S = (0.4, 2.0, 6.0, 18.0)
-MODEL_PAUSE_S = (2.0, 30.0)  #: between a pull, its delete, and the next pull; many last longer than GRACE_S
+MODEL_PAUSE_S = (2.0, 25.0)  #: between two of these; many last longer than ``GRACE_S``
+THROUGH_SHARE = 0.7
+#: What befalls a model, and whether the proxy is asked to do it.
+COMMON_LIFE: tuple[tuple[Kind, bool], ...] = (("pull", True), ("delete", False), ("delete", True))
+LONE_LIFE: tuple[tuple[Kind, bool], ...] = (("pull", False), ("delete", False))
+MADE_LIFE: tuple[tuple[Kind, bool], ...] = (("create", True), ("delete", True))
 RELOAD_PAUSE_S = (8.0, 25.0)
 RENEWAL_PAUSE_S = (25.0, 90.0)  #: between two restarts or upgrades of the proxy
 
@@ -67,20 +72,20 @@ def _faults(draw: Random, node: int, length_s: float) -> list[Event]:
 
 
 def _models(draw: Random, model: str, length_s: float) -> list[Event]:
-    """Pulls (or creates) and deletes of one model, by turns, on one node or through the proxy."""
+    """The life of one model again and again: it comes to two nodes, leaves one, and is deleted everywhere.
+
+    Or it comes to one node and leaves it, without the proxy's being told.
+    """
     events: list[Event] = []
-    at_s, held = draw.uniform(*MODEL_PAUSE_S) / 2, False
-    while at_s < length_s:
-        node, through = draw.randrange(len(HOUSES)), draw.random() < 0.6
-        if held:
-            events.append(Event(at_s, "delete", node, model, through_proxy=through or model == MADE))
-        elif model == MADE:
-            events.append(Event(at_s, "create", model=model, through_proxy=True))
-        else:
-            events.append(Event(at_s, "pull", node, model, through_proxy=through))
-        held = not held
-        at_s += draw.uniform(*MODEL_PAUSE_S)
-    return events
+    at_s = draw.uniform(*MODEL_PAUSE_S) / 2
+    while True:
+        node, through = draw.randrange(len(HOUSES)), draw.random() < THROUGH_SHARE
+        life = MADE_LIFE if model == MADE else COMMON_LIFE if through else LONE_LIFE
+        for kind, through_proxy in life:
+            if at_s >= length_s:
+                return events
+            events.append(Event(at_s, kind, node, model, through_proxy=through_proxy))
+            at_s += draw.uniform(*MODEL_PAUSE_S)
 
 
 def _reloads(draw: Random, length_s: float) -> list[Event]:

@@ -123,22 +123,27 @@ class Storm:
         return not event.through_proxy and self._busy[self.nodes[event.node].name].locked()
 
     async def _pull(self, event: Event) -> None:
-        node = self.nodes[event.node]
+        """To one node, or through the proxy to two."""
         async with self._models[event.model]:
             if self._out(event):
                 return
             url, safe = self._at(event)
-            headers = {"x-sollol-target": node.host_port} if event.through_proxy else {}
+            following = (event.node + 1) % len(self.nodes)
+            targets = [self.nodes[i].host_port for i in (event.node, following)[: 1 + event.through_proxy]]
+            headers = {"x-sollol-target": ",".join(targets)} if event.through_proxy else {}
             from_s = time.monotonic()
             async with safe:
                 status, last, _ = await self._ask("POST", f"{url}/api/pull", {"model": event.model}, headers)
             to_s = time.monotonic()
-            hurt = self._hurt(node, from_s, to_s)
-            if status == 200 and last.get("status") == "success" and not last.get("failed"):
-                if not hurt:
-                    self.ledger.gains(node.host_port, event.model, to_s)
-            elif not hurt:
-                self.violated(f"a pull of {event.model} to {node.host_port} ended with {status} {last}")
+            succeeded = status == 200 and last.get("status") == "success"
+            failed = {row["node"] for row in last.get("failed") or ()} if succeeded else set(targets)
+            for target in targets:
+                if self._hurt(target, from_s, to_s):
+                    continue
+                if target in failed:
+                    self.violated(f"a pull of {event.model} to {target} ended with {status} {last}")
+                else:
+                    self.ledger.gains(target, event.model, to_s)
 
     async def _create(self, event: Event) -> None:
         async with self._models[event.model]:
@@ -146,7 +151,7 @@ class Storm:
             body = {"model": event.model, "from": WIDE}
             status, last, where = await self._ask("POST", f"{self.proxy.url}/api/create", body, {})
             to_s = time.monotonic()
-            hurt = any(self._hurt(node, from_s, to_s) for node in self.nodes)
+            hurt = any(self._hurt(node.host_port, from_s, to_s) for node in self.nodes)
             if status == 200 and last.get("status") == "success":
                 if where and not hurt:
                     self.ledger.gains(where, event.model, to_s)
@@ -163,14 +168,13 @@ class Storm:
             url, safe = self._at(event)
             async with safe:
                 status, last, _ = await self._ask("DELETE", f"{url}/api/delete", {"model": event.model}, {})
-            hurt = any(self._hurt(each, from_s, time.monotonic()) for each in self.nodes)
+            hurt = any(self._hurt(each.host_port, from_s, time.monotonic()) for each in self.nodes)
             if status not in (200, 404) and not hurt:
                 self.violated(f"a delete of {event.model} ended with {status} {last}")
 
-    def _hurt(self, node: Node, from_s: float, to_s: float) -> bool:
+    def _hurt(self, node: str, from_s: float, to_s: float) -> bool:
         """Whether ``node`` or the proxy had a trouble of its own, which excuses what failed meanwhile."""
-        troubles = (self.ledger.in_trouble(who, from_s, to_s, GRACE_S) for who in (node.host_port, "proxy"))
-        return any(troubles)
+        return any(self.ledger.in_trouble(who, from_s, to_s, GRACE_S) for who in (node, "proxy"))
 
     async def _ask(
         self, method: str, url: str, body: dict[str, Any], headers: dict[str, str]
