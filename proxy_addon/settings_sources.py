@@ -128,16 +128,21 @@ def from_pairs(pairs: Iterable[str]) -> Layer:
     return layer
 
 
-def _note_lines(node: Node, key: Key, file: str, places: dict[Key, str]) -> None:
+def _note_lines(
+    node: Node, key: Key, file: str, places: dict[Key, str], above: tuple[Node, ...] = ()
+) -> None:
+    if any(node is other for other in above):
+        raise SettingsError(f"{file}:{node.start_mark.line + 1}: {dotted(key)} contains itself")
+    above = (*above, node)
     if isinstance(node, MappingNode):
         for name, value in node.value:
             inner = (*key, str(name.value))
             places[inner] = f"{file}:{name.start_mark.line + 1}"
-            _note_lines(value, inner, file, places)
+            _note_lines(value, inner, file, places, above)
     elif isinstance(node, SequenceNode):
         for index, value in enumerate(node.value):
             places[(*key, index)] = f"{file}:{value.start_mark.line + 1}"
-            _note_lines(value, (*key, index), file, places)
+            _note_lines(value, (*key, index), file, places, above)
 
 
 def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
+DEEPEST = 8  #: arrays within arrays; the format sets no limit, and nobody writes even one within another
 
 # Value type → struct code (docs/gguf.md, gguf_metadata_value_type).
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -132,14 +133,16 @@ class _Cursor:
     def string(self) -> str:
         return self.raw(self.number(_U64)).decode("utf-8", "replace")
 
-    def value(self, kind: int, keep_items: int) -> Any:
+    def value(self, kind: int, keep_items: int, depth: int = 0) -> Any:
+        if depth > DEEPEST:
+            raise ValueError
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             return self.number(_READERS[kind])
         item, length = self.number(_U32), self.number(_U64)
         if length <= keep_items:
-            return [self.value(item, keep_items) for _ in range(length)]
+            return [self.value(item, keep_items, depth + 1) for _ in range(length)]
         if item == _STRING:
             data, at = self.data, self.at
             for _ in range(length):
@@ -147,9 +150,11 @@ class _Cursor:
             self.at = at
         elif item == _ARRAY:
             for _ in range(length):
-                self.value(item, 0)
+                self.value(item, 0, depth + 1)
         else:
             self.at += length * _READERS[item].size
+        if self.at > len(self.data):
+            raise EOFError
         return SkippedArray(length)
 
 
@@ -186,6 +191,8 @@ def _read(path: Path, data: mmap.mmap, keep_items: int) -> Header:
         name = cursor.string()
         shape = tuple(cursor.number(_U64) for _ in range(cursor.number(_U32)))
         tensors.append(Tensor(name, shape, cursor.number(_U32), cursor.number(_U64)))
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise GgufError(f"{path} has no usable general.alignment: {str(alignment)[:40]}")
     data_offset_bytes = -(-cursor.at // alignment) * alignment
     return Header(path, len(data), metadata, tuple(tensors), data_offset_bytes)
