@@ -35,7 +35,8 @@ class Answer:
         if rec.placed and response.status_code < 400:
             framing = framing_of(response)
             annotate = rec.flight is not None and _annotated(rec)
-            response.stream = Tee(rec, framing, self.now, annotate)
+            # The loop's own clock, for it is looked at with every piece.
+            response.stream = Tee(rec, framing, asyncio.get_running_loop().time, annotate)
             may_grow = annotate if framing == "whole" else framing != "opaque"
             if may_grow and "content-length" in response.headers:
                 # By the routing, or by the error that ends a stream which breaks off: chunks need no length

@@ -149,7 +149,10 @@ class Tee:
         """
         if self._partial or self.dirty or self._annotate or not chunks.endswith(self._whole_chunk):
             return False
-        self._came()
+        rec = self._rec
+        rec.last_byte_s = self._now()
+        if rec.first_byte_s is None:
+            self._came()
         self._last.append((chunks, True))
         return True
 

@@ -310,7 +310,7 @@ class Exchange:
         out = tee(bytes(held)) or b"" if held else b""
         if not upstream.ended:
             self.client.write(begin + (chunk(out) if chunked else out))
-            self._splice = Splice(upstream, self.client.write, tee, chunked=chunked)
+            self._splice = Splice(upstream, self.client.transport.write, tee, chunked=chunked)
             self.hold_node(self.client.is_full)
             try:
                 await self._splice.run()

@@ -1,7 +1,8 @@
 """A body on its way from a node to a client: followed to know its end, not parsed.
 
 What comes from the node in whole chunks that end whole lines goes out as it came, one send per receive. The
-rest (a line in pieces, a body with a length) goes through the :class:`~proxy_addon.relay.Tee`.
+rest (a line in pieces, a body with a length) goes through the :class:`~proxy_addon.relay.Tee`. A token is a
+piece, so that each call here is paid for every token of every stream.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from proxy_addon.relay import HOLD_LINE_BYTES, Tee
 class Splice:
     """The sink of one answer. :meth:`run` returns when its end, or what there is of it, has been written."""
 
-    __slots__ = ("_chunked", "_done", "_follower", "_held", "_raw", "_tee", "_upstream", "_write")
+    __slots__ = ("_between", "_chunked", "_done", "_follower", "_held", "_raw", "_tee", "_upstream", "_write")
 
     def __init__(
         self, upstream: Upstream, write: Callable[[bytes], None], tee: Tee, *, chunked: bool
@@ -28,6 +29,9 @@ class Splice:
         self._chunked = chunked
         self._follower = upstream.follower
         self._raw = self._follower if chunked and isinstance(self._follower, Chunked) else None
+        self._between = (
+            self._raw is not None and self._raw.between
+        )  # two chunks, so that the next may go out raw
         self._held = b""  # the beginning of a chunk
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -46,15 +50,21 @@ class Splice:
     def data(self, data: bytes) -> None:
         """Pass on what has come; a defect on the way is :meth:`run`'s to raise."""
         try:
-            self._pass(data)
+            raw = self._raw
+            plain = self._between and not self._held and raw is not None
+            if plain and raw.whole(data) == len(data) and self._tee.passes(data):
+                self._write(data)
+            else:
+                self._pass(data)
         except FramingError as error:
             self._fail(Lost(f"the answer's framing is broken: {error}"))
         except Exception as defect:  # noqa: BLE001 - of a callback, raised again where a request ends
             self._fail(defect)
 
     def _pass(self, data: bytes) -> None:
-        if self._raw is not None and self._raw.between:
-            data = self._passed(self._raw, data)
+        raw = self._raw
+        if self._between and raw is not None:
+            data = self._passed(raw, self._held + data)
             if not data:
                 return
         follower = self._follower
@@ -64,21 +74,19 @@ class Splice:
             if out:
                 self._write(chunk(out) if self._chunked else out)
         if follower.ended:
-            self._upstream.sink = None
-            if not self._done.done():
-                self._done.set_result(None)
+            self._end()
+        self._between = raw is not None and raw.between
 
     def _passed(self, raw: Chunked, data: bytes) -> bytes:
         """Pass on whole chunks as they are, keep the beginning of one; what is left has to be followed."""
-        if self._held:
-            data, self._held = self._held + data, b""
-        whole = raw.whole(data)
-        if whole:
-            chunks = data if whole == len(data) else data[:whole]
+        self._held = b""
+        size = raw.whole(data)
+        if size:
+            chunks = data if size == len(data) else data[:size]
             if not self._tee.passes(chunks):
                 return data
             self._write(chunks)
-            data = data[whole:]
+            data = data[size:]
         if len(data) <= HOLD_LINE_BYTES and raw.awaits(data):
             self._held, data = data, b""
         return data
@@ -91,14 +99,18 @@ class Splice:
             except FramingError as error:
                 reason = str(error)
             else:
-                if not self._done.done():
-                    self._done.set_result(None)
+                self._end()
                 return
         self._fail(Lost(reason))
 
     def interrupt(self) -> None:
         """The client has left."""
         self._fail(ClientLeft())
+
+    def _end(self) -> None:
+        self._upstream.sink = None
+        if not self._done.done():
+            self._done.set_result(None)
 
     def _fail(self, error: Exception) -> None:
         self._upstream.sink = None
