@@ -107,7 +107,7 @@ def target(
 
 def loop(headers: Mapping[str, str], proxy_id: str) -> Refusal | None:
     """508 for a request that this very proxy has sent."""
-    if proxy_id not in _hops(headers):
+    if family(proxy_id) not in _hops(headers):
         return None
     return Refusal(
         508,
@@ -117,7 +117,13 @@ def loop(headers: Mapping[str, str], proxy_id: str) -> Refusal | None:
 
 def stamp(headers: MutableMapping[str, str], proxy_id: str) -> None:
     """Write into the headers of an upstream request that it has come through ``proxy_id``."""
-    headers[HOPS_HEADER] = ",".join([*(hop for hop in _hops(headers) if hop != proxy_id), proxy_id])
+    own = family(proxy_id)
+    headers[HOPS_HEADER] = ",".join([*(hop for hop in _hops(headers) if hop != own), own])
+
+
+def family(proxy_id: str) -> str:
+    """What the ids of all workers of one proxy have in common (``workers/worker.py``)."""
+    return proxy_id.partition(".")[0]
 
 
 def _hops(headers: Mapping[str, str]) -> list[str]:

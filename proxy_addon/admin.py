@@ -5,7 +5,7 @@ Whoever the guard admits may ask; nothing here changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
 import orjson
@@ -18,9 +18,14 @@ from proxy_addon.intake import path_of
 from proxy_addon.journal import Journal
 from proxy_addon.reload import Reloader
 from proxy_addon.telemetry import Telemetry
+from proxy_addon.workers import merge
+from proxy_addon.workers.merge import MERGES
+from proxy_addon.workers.siblings import Siblings
+from proxy_addon.workers.worker import Worker
 
 PREFIX = "/sollol/"
 EXPLAIN = "/sollol/explain/"
+METRICS, DECISIONS = "/metrics", "/sollol/decisions"
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 1000
 REQUEST = "request"  #: the kind of entry that a request is; of other kinds are notes of what the proxy did
@@ -36,29 +41,44 @@ class Admin:
         telemetry: Telemetry,
         dispatch: Dispatch,
         reloader: Reloader,
+        worker: Worker | None = None,
     ) -> None:
         self.fleet = fleet
         self.journal = journal
         self.telemetry = telemetry
         self.dispatch = dispatch
         self.reloader = reloader
+        self.siblings = Siblings(worker or Worker(), dispatch.settings.state_dir, self.local)
         self.routes: Mapping[str, Callable[[http.Request], http.Response]] = {
-            "/metrics": self._metrics,
+            METRICS: self._metrics,
             "/api/dashboard": lambda _: _json(views.dashboard(fleet, telemetry, dispatch.now())),
             "/sollol/status": self._status,
             "/sollol/nodes": lambda _: _json({"nodes": views.nodes(fleet, telemetry, dispatch.now())}),
             "/sollol/queue": self._queue,
-            "/sollol/decisions": self._decisions,
+            DECISIONS: self._decisions,
             "/sollol/healthz": self._healthz,
         }
 
-    def request(self, flow: http.HTTPFlow) -> None:
-        """Answer if the path is ours: 404 for what is not there, 405 for what is not a question."""
+    def local(self, path: str) -> tuple[int, bytes]:
+        """What this process alone says to ``path`` with its query: HTTP status and body."""
+        request = http.Request.make("GET", f"http://worker{path}")
+        answer = self._route(path.partition("?")[0])
+        made = answer(request) if answer is not None else _json({}, 404)
+        return made.status_code, made.data.content or b""
+
+    def _route(self, path: str) -> Callable[[http.Request], http.Response] | None:
+        return self._explain if path.startswith(EXPLAIN) else self.routes.get(path)
+
+    def request(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
+        """Answer if the path is ours: 404 for what is not there, 405 for what is not a question.
+
+        Where there are several workers, for all of them: once they have been asked.
+        """
         rec = record.of(flow)
         path = rec.path if rec is not None else path_of(flow)
         if flow.response is not None or not (path in self.routes or path.startswith(PREFIX)):
-            return
-        answer = self._explain if path.startswith(EXPLAIN) else self.routes.get(path)
+            return None
+        answer = self._route(path)
         if answer is None:
             known = ", ".join([*self.routes, f"{EXPLAIN}ID"])
             flow.response = errors.response("native", 404, f"there is no {path}; there are {known}")
@@ -66,10 +86,32 @@ class Admin:
             flow.response = errors.response(
                 "native", 405, f"{path} answers GET only", headers={"allow": "GET, HEAD"}
             )
+        elif self.siblings.worker.of > 1 and (path in (METRICS, *MERGES) or path.startswith(EXPLAIN)):
+            return self._for_all(flow, path)
         else:
             flow.response = answer(flow.request)
-        if flow.request.method == "HEAD":
-            flow.response.data.content = b""  # the head stays as it would be for a GET
+        _headed(flow)
+        return None
+
+    async def _for_all(self, flow: http.HTTPFlow, path: str) -> None:
+        """Answer with what all workers know."""
+        answers = await self.siblings.ask(flow.request.path)
+        told = {number: body for number, (status, body) in answers.items() if status == 200}
+        if not told:
+            status, body = answers[self.siblings.worker.number]
+            flow.response = _response(status, body)
+        elif path == METRICS:
+            text, kind = merge.metrics({number: body.decode() for number, body in told.items()})
+            flow.response = http.Response.make(200, text, {"content-type": kind})
+        elif path.startswith(EXPLAIN):
+            flow.response = _response(200, next(iter(told.values())))
+        else:
+            merged = MERGES[path]({number: orjson.loads(body) for number, body in told.items()})
+            if path == DECISIONS:
+                limit = int(flow.request.query.get("limit", DEFAULT_LIMIT))
+                merged = {name: rows[:limit] for name, rows in merged.items()}
+            flow.response = _json(merged)
+        _headed(flow)
 
     def _metrics(self, request: http.Request) -> http.Response:
         text, content_type = self.telemetry.expose(request.headers.get("accept", ""))
@@ -107,9 +149,18 @@ class Admin:
         return _json(made)
 
 
+def _headed(flow: http.HTTPFlow) -> None:
+    if flow.request.method == "HEAD" and flow.response is not None:
+        flow.response.data.content = b""  # the head stays as it would be for a GET
+
+
 def _json(value: object, status: int = 200) -> http.Response:
+    return _response(status, orjson.dumps(value))
+
+
+def _response(status: int, body: bytes) -> http.Response:
     return http.Response.make(
         status,
-        orjson.dumps(value),
+        body,
         {"content-type": "application/json; charset=utf-8", "cache-control": "no-store"},
     )

@@ -58,6 +58,7 @@ from proxy_addon.second_thoughts import SecondThoughts
 from proxy_addon.settings import Address, Settings
 from proxy_addon.telemetry import Telemetry
 from proxy_addon.timeouts import Timeouts
+from proxy_addon.workers.worker import Worker
 
 log = logging.getLogger("sollol")
 
@@ -91,10 +92,11 @@ def required_options() -> dict[str, Any]:
 class Sollol:
     """The whole proxy as one mitmproxy addon."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
         self.settings = settings
+        self.worker = worker = worker or Worker()
         self.fleet = Fleet()
-        self.speeds = Speeds.load(settings.state_dir / "speeds.json")
+        self.speeds = Speeds.load(worker.known_speeds(settings.state_dir))
         self.journal = Journal(settings.state_dir / "journal")
         self.telemetry = Telemetry(self.fleet)
         self.reloader = Reloader(settings, self.reconfigure, self.telemetry.reloaded)
@@ -110,7 +112,7 @@ class Sollol:
         )
         self.fleet.on_news += [plans.look, partial(observe_sizes, speeds=self.speeds)]
 
-        guard = Guard(settings, self.fleet)
+        guard = Guard(settings, self.fleet, worker.proxy_id)
         self.watch = Watch(self.fleet, settings, self.session, guard.proxy_id)
         self.discovery = Discovery(self.fleet, settings)
         self.discovery.on_found = self.watch.follow
@@ -132,6 +134,7 @@ class Sollol:
             self.journal.note,
             self.telemetry.replica_acted,
             partial(in_line, self.dispatch.admission),
+            acts=worker.first,
         )
         self.prober = Prober(self.fleet, self.speeds, self.session, _now, guard.stamp, self.journal.note)
         self.telemetry.probes = self.prober.outcomes
@@ -148,12 +151,14 @@ class Sollol:
         self.drain = Drain(timeouts.abort_all)
         self.telemetry.under_way = self.drain.under_way
         self.telemetry.tasks = lambda: len(asyncio.all_tasks())
+        admin = Admin(self.fleet, self.journal, self.telemetry, self.dispatch, self.reloader, worker)
+        self.siblings = admin.siblings
         chain: tuple[object, ...] = (
             Layers(settings),
             Intake(settings, _now),
             guard,
             self.drain,
-            Admin(self.fleet, self.journal, self.telemetry, self.dispatch, self.reloader),
+            admin,
             Understand(self.ready),
             Door(settings, _now, self.dispatch.refuse),
             one_server,
@@ -216,12 +221,15 @@ class Sollol:
         if not self.ready.is_set():
             self.ready.set()
             self.keeper.start()
-            self.prober.start()
+            if self.worker.first:
+                self.prober.start()
+            await self.siblings.start()
         up, all_nodes = self.fleet.up(now_s), list(self.fleet)
         models = {key for node in up for key in node.models}
+        where = ", ".join(str(Address(host=host, port=port)) for host, port, *_ in _listening())
         log.info(
-            "SOLLOL listens on %s: %d of %d nodes up (%s), %d models",
-            ", ".join(str(Address(host=host, port=port)) for host, port, *_ in _listening()),
+            "%s: %d of %d nodes up (%s), %d models",
+            f"SOLLOL listens on {where}" if self.worker.of == 1 else "ready",
             len(up),
             len(all_nodes),
             names(up),
@@ -245,7 +253,7 @@ class Sollol:
         if self.succeeded:
             return
         try:
-            self.speeds.save(self.settings.state_dir / "speeds.json")
+            self.speeds.save(self.worker.speeds(self.settings.state_dir))
         except OSError as error:
             if self._saves:
                 log.warning("Learned speeds cannot be kept: %s.", error)
@@ -260,6 +268,7 @@ class Sollol:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.keeper.stop()
         await self.prober.stop()
+        await self.siblings.stop()
         await self.discovery.stop()
         await self.watch.stop()
         await self.journal.close()

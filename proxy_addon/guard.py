@@ -31,8 +31,8 @@ CLIENTS = 4096  #: addresses of which is kept whether they may ask
 class Guard:
     """Client networks, loops, Host or target, Origin, framing and size, in this order."""
 
-    def __init__(self, settings: Settings, fleet: Fleet) -> None:
-        self.proxy_id = secrets.token_hex(8)
+    def __init__(self, settings: Settings, fleet: Fleet, proxy_id: str | None = None) -> None:
+        self.proxy_id = proxy_id or secrets.token_hex(8)
         self.fleet = fleet
         self.reconfigure(settings)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections.abc import Coroutine
-from functools import partial
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvloop
@@ -26,24 +24,22 @@ from mitmproxy.addons import (
 
 from proxy_addon import ports
 from proxy_addon.chain import Sollol, mitmproxy_options
-from proxy_addon.handover import Inherited
 from proxy_addon.lane.front import Lane
 from proxy_addon.lean_addons import LeanAddons
 from proxy_addon.life import Life
 from proxy_addon.listening import Listening
-from proxy_addon.settings import Settings, Source
+from proxy_addon.settings import Settings
 from proxy_addon.sockets import Sockets
-
-log = logging.getLogger("sollol")
+from proxy_addon.workers.worker import Worker
 
 
 class LeanMaster(master.Master):
     """mitmproxy's Master with what a gateway needs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
         super().__init__(options.Options())
         self.addons = LeanAddons(self)
-        self.sollol = Sollol(settings)
+        self.sollol = Sollol(settings, worker)
         startup = errorcheck.ErrorCheck()
         # It ends the process for any error logged meanwhile; only what mitmproxy cannot do is a reason to.
         startup.logger.addFilter(logging.Filter("mitmproxy"))
@@ -63,45 +59,25 @@ class LeanMaster(master.Master):
         self.options.update(**mitmproxy_options(settings))
 
 
-def run(settings: Settings, source: Source) -> int:
-    """Run the proxy until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where it could not listen.
+def serve(
+    settings: Settings, sockets: Sockets, begin: Callable[[Life], None], worker: Worker | None = None
+) -> int:
+    """Serve ``sockets`` in this process until its end. Returns the exit status."""
 
-    ``settings`` are what was read from ``source``.
-    """
-    log_to_stderr()
-    ports.raise_descriptor_limit()
-    try:
-        sockets, inherited = ports.acquire(settings, 1)
-    except ports.Taken as taken:
-        print(f"sollol proxy: {taken}", file=sys.stderr)  # noqa: T201
-        return 1
+    async def live() -> int:
+        listening = Listening(asyncio.get_running_loop(), ports.as_bound(sockets))
+        life = Life(LeanMaster(settings, worker), listening)
+        begin(life)
+        try:
+            await life.lean.run()
+        except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged
+            return int(exit_.code or 0)
+        finally:
+            await life.over()
+        return 0
+
     with asyncio.Runner(loop_factory=_loop) as runner:
-        return runner.run(_serve(settings, source, sockets, inherited))
-
-
-def log_to_stderr(prefix: str = "") -> None:
-    """Log warnings of everybody, and what SOLLOL says."""
-    logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", stream=sys.stderr
-    )
-    log.setLevel(logging.INFO)
-    logging.getLogger("proxy_addon").setLevel(logging.INFO)
-
-
-async def _serve(settings: Settings, source: Source, sockets: Sockets, inherited: Inherited | None) -> int:
-    listening = Listening(asyncio.get_running_loop(), ports.as_bound(sockets))
-    lean = LeanMaster(ports.bound_to(settings, sockets))
-    lean.sollol.reloader.settings = settings  # as they were read, to be compared with what is read later
-    life = Life(lean, source, listening, inherited)
-    lean.sollol.on_ready = partial(life.offer, sockets)
-    life.begin()
-    try:
-        await lean.run()
-    except SystemExit as exit_:  # mitmproxy's ErrorCheck: the sentence has been logged
-        return int(exit_.code or 0)
-    finally:
-        await life.over()
-    return 0
+        return runner.run(live())
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import notify
@@ -46,33 +48,21 @@ def start_successor() -> None:
     log.info("A successor has been started: process %d.", child.pid)
 
 
+async def follow_file(path: Path, on_change: Callable[[], None]) -> None:
+    """See :func:`reload.follow`; where files cannot be followed SIGHUP alone tells."""
+    with contextlib.suppress(ImportError):
+        await reload.follow(path, on_change)
+
+
 class Life:
     """What the process does besides serving."""
 
-    def __init__(
-        self, lean: LeanMaster, source: Source, listening: Listening, inherited: Inherited | None = None
-    ) -> None:
+    def __init__(self, lean: LeanMaster, listening: Listening) -> None:
         self.lean = lean
-        self.source = source
         self.listening = listening
-        self.inherited = inherited
-        self._changed = asyncio.Event()  #: the settings are to be read anew
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending = False
-
-    def begin(self) -> None:
-        """Listen for signals, and follow the file with the settings."""
-        on_signals(
-            {
-                signal.SIGINT: self.end,
-                signal.SIGTERM: self.end,
-                signal.SIGHUP: self._changed.set,
-                signal.SIGUSR2: start_successor,
-            }
-        )
-        self._tasks.add(defects.keep_running("reload", self._reload_always))
-        if self.source.file is not None:
-            self._tasks.add(defects.keep_running("config", self._follow_file))
+        on_signals({signal.SIGINT: self.end, signal.SIGTERM: self.end})
 
     async def over(self) -> None:
         """The process has served its last request."""
@@ -80,51 +70,56 @@ class Life:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def offer(self, sockets: Sockets) -> None:
-        """It serves: let the predecessor go, and wait for a successor."""
-        if self.inherited is not None:
-            self.inherited.ready()
-            log.info("The port was taken over from process %d.", self.inherited.pid)
-        door = Offer(self.lean.sollol.settings.state_dir, sockets, self.lean.sollol.keep, self._leave)
-        door.open()
+    def by_itself(self, source: Source, sockets: Sockets, inherited: Inherited | None) -> None:
+        """Without a parent: read the settings anew when told to, take ``sockets`` over and pass them on."""
+        changed = asyncio.Event()
+        on_signals({signal.SIGHUP: changed.set, signal.SIGUSR2: start_successor})
+        reloader = self.lean.sollol.reloader
+        self._tasks.add(defects.keep_running("reload", partial(reloader.follow, source.read, changed)))
+        if source.file is not None:
+            follow = partial(follow_file, source.file, changed.set)
+            self._tasks.add(defects.keep_running("config", follow))
+        self.lean.sollol.on_ready = partial(self._serves, sockets, inherited)
+
+    def _serves(self, sockets: Sockets, inherited: Inherited | None) -> None:
+        if inherited is not None:
+            inherited.ready()
+            log.info("The port was taken over from process %d.", inherited.pid)
+        Offer(self.lean.sollol.settings.state_dir, sockets, self.lean.sollol.keep, self._leave).open()
+
+    def _leave(self, successor: int) -> None:
+        if not self._ending:
+            log.info("Process %d has taken the port over.", successor)
+            notify.notify(f"MAINPID={successor}")  # systemd's word for it; elsewhere nobody listens
+            self.drain(succeeded=True)
 
     def end(self) -> None:
         """Drain; told twice, end at once."""
         if self._ending:
-            self.lean.shutdown()  # type: ignore[no-untyped-call]
-            return
-        notify.notify("STOPPING=1")
-        self._drain()
+            self.end_now()
+        else:
+            notify.notify("STOPPING=1")
+            self.drain(succeeded=False)
 
-    def _leave(self, successor: int) -> None:
-        if self._ending:
-            return
-        log.info("Process %d has taken the port over.", successor)
-        notify.notify(f"MAINPID={successor}")  # systemd's word for it; elsewhere nobody listens
-        self.lean.sollol.succeeded = True
-        self._drain()
+    def end_now(self) -> None:
+        """End at once."""
+        self.lean.shutdown()  # type: ignore[no-untyped-call]
 
-    def _drain(self) -> None:
-        self._ending = True
-        self._go(self._drained())
+    def drain(self, *, succeeded: bool) -> None:
+        """Serve what has come, then end; ``succeeded``: another process serves the ports by now."""
+        if not self._ending:
+            self._ending = True
+            self.lean.sollol.succeeded = succeeded
+            self.go(self._drained())
 
     async def _drained(self) -> None:
         sollol = self.lean.sollol
-        await sollol.drain.wait(sollol.settings.timeouts.drain_s, self.listening.stop, sollol.succeeded)
-        self.lean.shutdown()  # type: ignore[no-untyped-call]
+        limit_s = sollol.settings.timeouts.drain_s
+        await sollol.drain.wait(limit_s, self.listening.stop, sollol.succeeded)
+        self.end_now()
 
-    def _go(self, work: Coroutine[Any, Any, Any]) -> None:
+    def go(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do ``work`` beside."""
         task = asyncio.create_task(work, name="life")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _reload_always(self) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            await self.lean.sollol.reloader.reload(self.source.read)
-
-    async def _follow_file(self) -> None:
-        assert self.source.file is not None
-        with contextlib.suppress(ImportError):  # not on Linux: SIGHUP alone tells
-            await reload.follow(self.source.file, self._changed.set)

@@ -82,12 +82,19 @@ class Reloader:
         self,
         settings: Settings,
         apply: Callable[[Settings], None],
-        count: Callable[[str], None] = lambda result: None,
+        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
         self.settings = settings
         self.last: Outcome | None = None  #: of those that were to change something
-        self._apply, self._count = apply, count
+        self._apply, self._on_outcome = apply, on_outcome
         self._one = asyncio.Lock()
+
+    async def follow(self, source: Callable[[], Settings], asked: asyncio.Event) -> None:
+        """Reload whenever ``asked`` is set."""
+        while True:
+            await asked.wait()
+            asked.clear()
+            await self.reload(source)
 
     async def reload(self, source: Callable[[], Settings]) -> None:
         """Go by what ``source`` reads; whatever is wrong there leaves all as it is, and is said once."""
@@ -112,10 +119,14 @@ class Reloader:
             raise
         self.settings = settings
 
+    def tell(self, outcome: Outcome) -> None:
+        """Remember ``outcome``, and pass it on."""
+        if outcome.result != "unchanged" or self.last is None or self.last.result == "refused":
+            self.last = outcome
+        self._on_outcome(outcome)
+
     def _told(self, result: Result, said: str) -> None:
-        self._count(result)
-        if result != "unchanged" or self.last is None or self.last.result == "refused":
-            self.last = Outcome(datetime.now(UTC).isoformat(timespec="seconds"), result, said)
+        self.tell(Outcome(datetime.now(UTC).isoformat(timespec="seconds"), result, said))
         log.log(logging.WARNING if result == "refused" else logging.INFO, "%s.", said[0].upper() + said[1:])
 
 

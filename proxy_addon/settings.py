@@ -47,7 +47,13 @@ PREFIX = "SOLLOL_"
 FOREIGN = re.compile(
     r"SOLLOL_(AGENT_(?!TOKEN$)|(SHARD|LLAMA|RPC|NVML|DEMO|BENCH|TEST)_(?!_)|(PROXY_ARGS|URL|CONFIG)$)"
 )
-FLAGS = {"--listen": "listen", "--nodes": "nodes", "--mode": "modes", "--state-dir": "state_dir"}
+FLAGS = {
+    "--listen": "listen",
+    "--nodes": "nodes",
+    "--mode": "modes",
+    "--state-dir": "state_dir",
+    "--workers": "workers",
+}
 MODES = ("regular", "socks5", "transparent", "reverse")  #: those in which the guard knows what is asked
 
 #: The names that a priority may be given by.

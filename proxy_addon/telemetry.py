@@ -28,6 +28,7 @@ from proxy_addon import load
 from proxy_addon.fleet import coordinators
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.record import Record
+from proxy_addon.reload import Outcome
 
 NO_HOST = "none"  #: the request reached no node
 OTHER = "other"
@@ -204,10 +205,10 @@ class Telemetry:
         """Count a load, unload or keep of the proxy's own."""
         self._replica_actions.labels(action).inc()
 
-    def reloaded(self, result: str) -> None:
+    def reloaded(self, outcome: Outcome) -> None:
         """Count a reload of the settings."""
-        self._reloads.labels(result).inc()
-        self._last_reload.set(result != "refused")
+        self._reloads.labels(outcome.result).inc()
+        self._last_reload.set(outcome.result != "refused")
 
     def hook_failed(self, hook: str) -> None:
         """Count an exception in ``hook``."""

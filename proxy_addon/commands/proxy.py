@@ -42,6 +42,10 @@ def proxy(
         Path | None,
         typer.Option(metavar="DIR", help="Where it remembers.", show_default="$XDG_STATE_HOME/sollol"),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes that share the port, each on a core.", show_default="1"),
+    ] = None,
 ) -> None:
     """Serve the whole fleet as one Ollama server."""
     # Imported here, for `sollol proxy --help` needs none of mitmproxy.
@@ -52,6 +56,7 @@ def proxy(
         "--nodes": ",".join(nodes) if nodes else None,
         "--mode": mode,
         "--state-dir": str(state_dir) if state_dir else None,
+        "--workers": str(workers) if workers is not None else None,
     }
     flags = {flag: value for flag, value in given.items() if value}
     source = Source(config, os.environ, sets or (), flags)
@@ -59,6 +64,6 @@ def proxy(
         settings = source.read()
     except SettingsError as mistake:
         fail("proxy", mistake, 2)
-    from proxy_addon.launcher import run
+    from proxy_addon.start import run
 
     raise typer.Exit(run(settings, source))

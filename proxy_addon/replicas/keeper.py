@@ -41,7 +41,8 @@ class Keeper:
     """Keeps pinned models in memory and, where ``replicas`` is ``auto``, hot models on several nodes.
 
     ``note`` writes to the journal, ``count`` counts an action by its name, ``waiting`` tells of
-    each request in the proxy's own line its model (canonical name) and how long it has waited.
+    each request in the proxy's own line its model (canonical name) and how long it has waited. Without
+    ``acts`` it only knows what is pinned, so that placement leaves that alone: another worker acts.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Keeper:
         note: Callable[[str, dict[str, Any]], object],
         count: Callable[[str], None],
         waiting: Callable[[], Iterable[tuple[str, float]]] = lambda: NO_LINE,
+        acts: bool = True,
     ) -> None:
         self.hands, self.rules = hands, rules
         self.fleet, self.speeds, self.settings = hands.fleet, hands.speeds, hands.settings
         self.pins = {pin: Past() for pin in _pins(self.settings)}
         self.state = State()
+        self.acts = acts
         self._now, self._note, self._count, self._waiting = now, note, count, waiting
         self._said: dict[Pin, str] = {}  #: what is wrong with a pin, as it was logged
         self._service_s: dict[str, float] = {}  #: by model, of the requests that ended well
@@ -146,7 +149,7 @@ class Keeper:
     def _look(self) -> None:
         now_s, self._timer = self._now(), None
         next_s = self._hold_pins(now_s)
-        if self.settings.replicas == "auto":
+        if self.acts and self.settings.replicas == "auto":
             next_s = min(next_s, self._spread(now_s))
         self._next_look_s = now_s + max(LOOK_EVERY_S, (self._now() - now_s) / LOOK_SHARE)
         if next_s < math.inf:
@@ -219,7 +222,7 @@ class Keeper:
 
     def _begin(self, action: Action, pin: Pin | None = None) -> None:
         where = (action.model, action.node)
-        if where not in self._acting:
+        if self.acts and where not in self._acting:
             self._acting[where] = action
             task = asyncio.create_task(self._act(action, pin), name=f"{action.name} {action.model}")
             self._tasks[where] = task

@@ -28,6 +28,7 @@ class Load:
         self.url = url
         self.done = 0
         self.going = True
+        self.clients: list[asyncio.Task[None]] = []
 
     async def client(self, session: aiohttp.ClientSession) -> None:
         while self.going:
@@ -51,17 +52,21 @@ class Load:
             while self.done < until:
                 await asyncio.sleep(0.01)
 
+    async def stop(self) -> None:
+        """Let each end with the request that it is at."""
+        self.going = False
+        await asyncio.wait(self.clients)
+
 
 @asynccontextmanager
 async def under_load(url: str) -> AsyncIterator[Load]:
     load = Load(url)
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as clients:
         for _ in range(4):
-            clients.create_task(load.client(session))
-            clients.create_task(load.newcomer())
+            load.clients += [clients.create_task(load.client(session)), clients.create_task(load.newcomer())]
         await load.more(20)
         yield load
-        load.going = False
+        await load.stop()
 
 
 def arguments(node: FakeOllama, *settings: str) -> list[str]:
@@ -80,7 +85,7 @@ async def test_nothing_is_lost_when_a_new_process_takes_over(
         assert new.url == old.url
         assert await old.ended() == 0
         await load.more(20)
-        load.going = False
+        await load.stop()
     await old.said(f"Process {new.process.pid} has taken the port over.")
 
 
