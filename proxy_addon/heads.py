@@ -1,4 +1,4 @@
-"""Headers read and written at once: mitmproxy's own walk through all of them for each name, at 5 µs a time."""
+"""Headers read and written at once: mitmproxy walks through all of them for each name, in some 5 µs."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ _NUMBERS = re.compile(
     rb'"(total_duration|load_duration|prompt_eval_count|prompt_eval_duration|eval_count|eval_duration|'
     rb'prompt_tokens|completion_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
 )
-_REASON = re.compile(rb'"(?:done_reason|finish_reason|stop_reason)"\s*:\s*"([^"]*)"')
+_REASON = re.compile(rb'_reason"\s*:\s*"([^"]*)"')  #: done_, finish_ or stop_; found in a quarter of the time
 _NS_PER_S = 1e9
 
 
@@ -253,23 +253,21 @@ def read_stats(tail: bytes) -> FinalStats | None:
 
     By pattern, not by parsing: a final object can carry a context of megabytes, and its numbers come last.
     """
-    found = {name.decode(): int(value) for name, value in _NUMBERS.findall(tail)}
+    found = {name: int(value) for name, value in _NUMBERS.findall(tail)}
     reasons = _REASON.findall(tail)
     if not found and not reasons:
         return None
-
-    def seconds(name: str) -> float | None:
-        return found[name] / _NS_PER_S if name in found else None
-
-    def count(*names: str) -> int | None:
-        return next((found[name] for name in names if name in found), None)
-
+    get = found.get
     return FinalStats(
-        prompt_tokens=count("prompt_eval_count", "prompt_tokens", "input_tokens"),
-        output_tokens=count("eval_count", "completion_tokens", "output_tokens"),
-        load_s=seconds("load_duration"),
-        prefill_s=seconds("prompt_eval_duration"),
-        decode_s=seconds("eval_duration"),
-        total_s=seconds("total_duration"),
+        prompt_tokens=get(b"prompt_eval_count", get(b"prompt_tokens", get(b"input_tokens"))),
+        output_tokens=get(b"eval_count", get(b"completion_tokens", get(b"output_tokens"))),
+        load_s=_seconds(get(b"load_duration")),
+        prefill_s=_seconds(get(b"prompt_eval_duration")),
+        decode_s=_seconds(get(b"eval_duration")),
+        total_s=_seconds(get(b"total_duration")),
         done_reason=reasons[-1].decode("ascii", "replace") if reasons else None,
     )
+
+
+def _seconds(duration_ns: int | None) -> float | None:
+    return None if duration_ns is None else duration_ns / _NS_PER_S

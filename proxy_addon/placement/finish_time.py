@@ -43,9 +43,11 @@ class FinishTime:
 
     def explain(self, ask: AskFeatures, row: Features) -> str:
         """The seconds and what they are made of."""
-        found = self.terms(ask, row)
-        parts = ", ".join(f"{name[:-2]} {value:.2f}" for name, value in found.items() if value >= 0.005)
-        return f"expected to finish first, in {sum(found.values()):.2f} s ({parts or 'nothing to do'})"
+        found = _parts(ask, row)
+        parts = ", ".join(
+            [f"{name[:-2]} {value:.2f}" for name, value in zip(TERMS, found, strict=True) if value >= 0.005]
+        )
+        return f"expected to finish first, in {sum(found):.2f} s ({parts or 'nothing to do'})"
 
     def bounds(self, scene: Scene, places: Sequence[Place]) -> list[float]:
         """Load and work at the best conceivable speed, without any wait."""
