@@ -241,7 +241,7 @@ def show(results: Results, renew: bool) -> None:
             f"\n{trace}: {report.ABOUT.get(trace, trace)}\n{report.console(report.compared(results, trace))}"
         )
     for title, table in (("aims", report.aims), ("first minute, mean s", report.first_minute),
-                         ("ten equal nodes", report.tenfold)):  # fmt: skip
+                         ("ten equal nodes", report.tenfold), ("two proxies", report.twice)):  # fmt: skip
         print(f"\n{title}\n{report.console(table(results))}")
     for warning in report.warnings(results, BUSY, LATE_S):
         print(f"too busy to be trusted: {warning}")

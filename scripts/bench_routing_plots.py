@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from bench_routing_report import MANY, ONE, WITHIN
 from bench_routing_results import Results, quantile
-from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS
+from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS, TWICE
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -21,6 +21,7 @@ IMAGES = ROOT / "docs" / "img"
 STYLES = {
     ORACLE: ("#000000", "--", "D"),
     OWN: ("#0072B2", "-", "o"),
+    TWICE: ("#3D3D9E", "--", "d"),
     "sollol-score": ("#56B4E9", "-.", "s"),
     "sollol-least-loaded": ("#009E73", "-.", "^"),
     "sollol-round-robin": ("#8C8C8C", "-.", "v"),

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from bench_routing_results import Figures, Results
-from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS
+from bench_routing_subjects import BASE, ORACLE, OWN, ROOT, SUBJECTS, TWICE
 
 DOC = ROOT / "docs" / "routing.md"
 BEGIN, END = "<!-- routing: begin -->", "<!-- routing: end -->"
 #: The aims: mean and p99 within this factor of the all-knowing balancer's, p99 this share of nginx
 #: least_conn's, ten equal nodes this many times one.
 WITHIN, SHARE, TENFOLD = 1.2, 0.25, 9.5
+TWICE_WITHIN = 1.15  #: two proxies' p99 within this factor of one's
 MANY, ONE = "equal10", "equal1"
 
 NONE = "-"
@@ -135,6 +136,19 @@ def tenfold(results: Results) -> Table:
     return ("", "tok/s", "÷ one node", "failed"), rows
 
 
+def twice(results: Results) -> Table:
+    """Two proxies behind nginx beside one."""
+    head = ("", "one: mean", "p99", "two: mean", "p99", "mean: two ÷ one", "p99: two ÷ one", "failed")
+    rows = []
+    for trace in results.names(lambda run: run.trace):
+        one, two = results.figures(trace, OWN), results.figures(trace, TWICE)
+        if one and two:
+            ratios = (over(two.total.mean, one.total.mean), over(two.total.p99, one.total.p99))
+            shown = (one.total.mean, one.total.p99, two.total.mean, two.total.p99)
+            rows.append((f"`{trace}`", *map(seconds, shown), *map(times, ratios), failures(two)))
+    return head, rows
+
+
 def conditions(results: Results) -> str:
     """Under what all of it was measured."""
     about = results.about
@@ -189,6 +203,12 @@ def document(results: Results) -> str:
     if results.figures(MANY, OWN) and results.figures(ONE, ORACLE):
         aim = f"How many times the throughput of one node. The aim is {TENFOLD:g}."
         parts += ["### Ten equal nodes", aim, markdown(tenfold(results))]
+    if (found := twice(results))[1]:
+        aim = (
+            "Two proxies behind nginx ([sollol.conf](../deploy/nginx/sollol.conf)) that see each other "
+            f"through the nodes' agents. The aim is a p99 within {TWICE_WITHIN:g} times that of one proxy."
+        )
+        parts += ["### Two proxies", aim, markdown(found)]
     parts += ["### Every trace", "Times in seconds; loads and retries are of one run."]
     for trace in results.names(lambda run: run.trace):
         parts += [f"#### `{trace}`: {ABOUT.get(trace, trace)}", markdown(compared(results, trace))]

@@ -116,8 +116,25 @@ def sollol(policy: str, nodes: Sequence[Place], folder: Path, port: int, speed: 
     return [*clock, *what, *(part for one in sets for part in ("--set", one))]
 
 
+def sollol_twice(nodes: Sequence[Place], folder: Path, port: int, speed: float) -> list[str]:
+    """Two proxies of the default policy behind nginx, by the configuration that users are given."""
+    text = (ROOT / "deploy" / "nginx" / "sollol.conf").read_text()
+    text = text.replace("listen 11434;", f"listen 127.0.0.1:{port};")
+    programs: list[dict[str, object]] = []
+    for number in (1, 2):
+        own, its = folder / str(number), free_port()
+        own.mkdir()
+        programs.append({"command": sollol("finish_time", nodes, own, its, speed), "port": its})
+        text = text.replace(f"127.0.0.1:1150{number}", f"127.0.0.1:{its}")
+    (folder / "sollol.conf").write_text(text)
+    file = filled("nginx-sollol.conf", folder)
+    programs.append({"command": [program("nginx"), "-p", str(folder), "-c", str(file)], "port": port})
+    (folder / "programs.json").write_text(json.dumps(programs))
+    return [sys.executable, str(HERE / "bench_routing_together.py"), str(folder / "programs.json")]
+
+
 POLICIES = ("finish_time", "score", "least_loaded", "round_robin")
-ORACLE, BASE, OWN = "oracle", "nginx-least-conn", "sollol-finish-time"
+ORACLE, BASE, OWN, TWICE = "oracle", "nginx-least-conn", "sollol-finish-time", "sollol-twice"
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -126,6 +143,7 @@ SUBJECTS = {
             Subject(f"sollol-{name.replace('_', '-')}", f"SOLLOL {name}", partial(sollol, name), own=True)
             for name in POLICIES
         ),
+        Subject(TWICE, "SOLLOL, two proxies", sollol_twice, own=True),
         Subject(BASE, "nginx least_conn", partial(nginx, "least_conn;")),
         Subject("nginx-round-robin", "nginx round robin", partial(nginx, "")),
         Subject("haproxy", "HAProxy leastconn", haproxy),
