@@ -25,6 +25,8 @@ from proxy_addon.settings import Timeouts as Limits
 
 ESTIMATE_ROOM = 3.0  #: a prefill or decode may take so many times what was expected
 LOST_IDLE_S = 10.0  #: a stream of a node that answers no polls may be silent for so long
+LOST_SILENT_S = 60.0  #: and what has no limit of its own, before its first byte
+UNLIMITED = (Handling.STICKY, Handling.PIN)  #: a create or a push may work silently for as long as it takes
 
 
 def first_byte_limit_s(limits: Limits, rec: Record) -> float:
@@ -109,8 +111,8 @@ class Timeouts:
         self._disarm(flow)
         if rec is None or not rec.placed or rec.endpoint is None:
             return
-        if rec.endpoint.handling in (Handling.STICKY, Handling.PIN):
-            return  # a create or a push may work silently for as long as it takes
+        if rec.endpoint.handling in UNLIMITED:
+            return
         limit_s = first_byte_limit_s(self._limits(rec), rec)
         self._arm(flow, limit_s, self._first_byte_due, f"no answer within {limit_s:g} s")
 
@@ -181,6 +183,14 @@ class Timeouts:
                 self._idle(flow, "")
             elif self.dispatch.elsewhere(rec, node, reason):
                 self.abort(flow, reason)
+            elif rec.endpoint is not None and rec.endpoint.handling in UNLIMITED:
+                self._disarm(flow)
+                self._arm(flow, LOST_SILENT_S, self._still_lost, f"{reason}, and nothing came since")
+
+    def _still_lost(self, flow: http.HTTPFlow, reason: str) -> None:
+        rec = record.of(flow)
+        if rec is not None and rec.node is not None and rec.node.poll_error is not None:
+            self.abort(flow, reason)
 
     def abort_all(self, reason: str) -> None:
         """End every attempt under way, place none of them anew, and refuse who waits for a place."""
