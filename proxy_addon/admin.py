@@ -5,6 +5,7 @@ Whoever the guard admits may ask; nothing here changes anything.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
@@ -122,7 +123,7 @@ class Admin:
         standings = self.dispatch.admission.standings()
         answer = views.status(self.fleet, self.telemetry, policy, standings, self.dispatch.now())
         last = self.reloader.last
-        return _json(answer | {"reload": last.as_json() if last is not None else None})
+        return _json(answer | {"pid": os.getpid(), "reload": last.as_json() if last is not None else None})
 
     def _queue(self, _: http.Request) -> http.Response:
         return _json({"queue": views.queue(self.dispatch.admission.standings())})

@@ -60,12 +60,20 @@ class LeanMaster(master.Master):
 
 
 def serve(
-    settings: Settings, sockets: Sockets, begin: Callable[[Life], None], worker: Worker | None = None
+    settings: Settings,
+    sockets: Sockets,
+    begin: Callable[[Life], None],
+    *,
+    held: bool,
+    worker: Worker | None = None,
 ) -> int:
-    """Serve ``sockets`` in this process until its end. Returns the exit status."""
+    """Serve ``sockets`` in this process until its end. Returns the exit status.
+
+    ``held``: another process still serves them, so that nothing is accepted before this one is ready.
+    """
 
     async def live() -> int:
-        listening = Listening(asyncio.get_running_loop(), ports.as_bound(sockets))
+        listening = Listening(asyncio.get_running_loop(), ports.as_bound(sockets), held)
         life = Life(LeanMaster(settings, worker), listening)
         begin(life)
         try:

@@ -79,9 +79,10 @@ class Life:
         if source.file is not None:
             follow = partial(follow_file, source.file, changed.set)
             self._tasks.add(defects.keep_running("config", follow))
-        self.lean.sollol.on_ready = partial(self._serves, sockets, inherited)
+        self.lean.sollol.on_ready = lambda: self.go(self._serve(sockets, inherited))
 
-    def _serves(self, sockets: Sockets, inherited: Inherited | None) -> None:
+    async def _serve(self, sockets: Sockets, inherited: Inherited | None) -> None:
+        await self.listening.serve()
         if inherited is not None:
             inherited.ready()
             log.info("The port was taken over from process %d.", inherited.pid)

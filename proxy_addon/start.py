@@ -40,7 +40,8 @@ def run(settings: Settings, source: Source) -> int:
         life.lean.sollol.reloader.settings = settings  # as read, to be compared with what is read later
         life.by_itself(source, sockets, inherited)
 
-    return serve(ports.bound_to(settings, sockets), sockets, begin)
+    held = inherited is not None
+    return serve(ports.bound_to(settings, sockets), sockets, begin, held=held)
 
 
 def log_to_stderr(prefix: str = "") -> None:

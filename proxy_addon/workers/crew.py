@@ -173,6 +173,7 @@ class Crew:
                 "of": self.settings.workers,
                 "family": self.family,
                 "settings": packed(self.settings),
+                "held": self.inherited is not None and not self._up,
                 "outcome": last.as_json() if last is not None else None,
             }
             if self._ending.is_set():

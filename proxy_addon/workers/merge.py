@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 AT_A_GLANCE = 5  #: of those that wait, in the status
+OF_A_WORKER = ("pid", "requests", "in_flight", "queue_depth")  #: in the status
 Json = dict[str, Any]
 Answers = Mapping[int, Json]
 
@@ -24,8 +25,7 @@ def status(told: Answers) -> Json:
         "nodes": _nodes(told),
         "reload": _reload(told),
         "workers": [
-            {"worker": number, **{name: each[name] for name in ("requests", "in_flight", "queue_depth")}}
-            for number, each in told.items()
+            {"worker": number} | {name: each[name] for name in OF_A_WORKER} for number, each in told.items()
         ],
     }
 

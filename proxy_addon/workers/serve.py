@@ -35,10 +35,16 @@ def main(descriptor: int) -> int:
 
     def begin(life: Life) -> None:
         life.lean.sollol.reloader.last = last
-        life.lean.sollol.on_ready = lambda: line.sendall(READY)
+        life.lean.sollol.on_ready = lambda: life.go(_serve(life, line))
         life.go(_obey(life, line))
 
-    return launcher.serve(unpacked(told["settings"]), sockets, begin, worker)
+    settings, held = unpacked(told["settings"]), told["held"]
+    return launcher.serve(settings, sockets, begin, held=held, worker=worker)
+
+
+async def _serve(life: Life, line: socket.socket) -> None:
+    await life.listening.serve()
+    line.sendall(READY)
 
 
 async def _obey(life: Life, line: socket.socket) -> None:
