@@ -127,7 +127,8 @@ def family(proxy_id: str) -> str:
 
 
 def _hops(headers: Mapping[str, str]) -> list[str]:
-    return [hop.strip() for hop in headers.get(HOPS_HEADER, "").split(",") if hop.strip()]
+    found = headers.get(HOPS_HEADER)
+    return [hop.strip() for hop in found.split(",") if hop.strip()] if found else []
 
 
 def framing(headers: Mapping[str, str]) -> Refusal | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvloop
-from mitmproxy import master, options
+from mitmproxy import http, master, options
 from mitmproxy.addons import (
     core,
     disable_h2c,
@@ -22,7 +22,7 @@ from mitmproxy.addons import (
     proxyserver,
 )
 
-from proxy_addon import ports
+from proxy_addon import ports, record
 from proxy_addon.chain import Sollol, mitmproxy_options
 from proxy_addon.lane.front import Lane
 from proxy_addon.lean_addons import LeanAddons
@@ -31,6 +31,16 @@ from proxy_addon.listening import Listening
 from proxy_addon.settings import Settings
 from proxy_addon.sockets import Sockets
 from proxy_addon.workers.worker import Worker
+
+
+class DisableH2C(disable_h2c.DisableH2C):
+    """As the parent, without its walks through the headers of every request: the record knows them."""
+
+    def request(self, f: http.HTTPFlow) -> None:
+        """Take h2c out of an upgrade."""
+        rec = record.of(f)
+        if rec is None or "upgrade" in rec.headers or f.request.data.method == b"PRI":
+            super().request(f)  # type: ignore[no-untyped-call]
 
 
 class LeanMaster(master.Master):
@@ -48,7 +58,7 @@ class LeanMaster(master.Master):
             core.Core(),
             server,
             next_layer.NextLayer(),
-            disable_h2c.DisableH2C(),
+            DisableH2C(),
             startup,
             self.sollol,
         )

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from inspect import isawaitable
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -194,9 +193,9 @@ async def drive(
                 timed[event, "Tee"].append(perf_counter() - begun)
             continue
         for hook in chain.hooks[event]:
-            begun = perf_counter()
+            begun = perf_counter() if timed is not None else 0.0
             result = hook(flow)
-            if result is not None and isawaitable(result):
+            if result is not None:
                 await result
             if timed is not None:
                 timed[event, _label(hook)].append(perf_counter() - begun)
