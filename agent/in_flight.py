@@ -97,9 +97,12 @@ class Member:
     on_news: Callable[[], None]
     rows: dict[str, tuple[float, Row]] = field(default_factory=dict)  #: its own: when told, what
     news: dict[str, tuple[float, Row] | None] = field(default_factory=dict)  #: of others, not taken yet
+    replaced: bool = False  #: another connection of the same name has taken its place
 
     def tell(self, patch: Patch, now_s: float) -> None:
         """Take over what the proxy says has changed. Raises TooMany."""
+        if self.replaced:
+            return
         for id_, row in patch.items():
             if row is not None:
                 self.rows[id_] = now_s, row
@@ -137,6 +140,8 @@ class Shares:
         """Let a proxy share; one of the same name is gone then."""
         if (before := self._members.get(name)) is not None:
             self.remove(before)
+            before.replaced = True
+            before.on_news()
         member = Member(self, name, on_news)
         for other in self._members.values():
             member.news.update({f"{other.proxy_id} {id_}": told for id_, told in other.rows.items()})

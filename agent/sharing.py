@@ -57,6 +57,9 @@ async def _tell(socket: Socket, member: Member, changed: asyncio.Event, clock: C
     while True:
         await changed.wait()
         changed.clear()
+        if member.replaced:
+            await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"it has connected again")
+            return
         news = member.take(clock())
         try:
             await socket.send_str(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
 
 import aiohttp
@@ -29,6 +30,13 @@ log = logging.getLogger(__name__)
 
 ALONE_PACE_S = 1.0  #: between two messages where nobody else hears them: they are for the agent's metrics
 REFUSED_PAUSE_S = 30.0  #: until it is tried again where the agent does not want it, or is too old for it
+#: HTTP status of the agent → what the user may do about it.
+WHY = {
+    401: "its token is another one than agent_token here",
+    403: "from another machine that takes its token: set the same agent_token here and there",
+    503: "too many proxies share it already",
+}
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]")
 
 
 def row_of(flight: Flight, now_s: float) -> Row:
@@ -127,7 +135,8 @@ def hear(node: Node, fleet: Fleet, news: News, now_s: float) -> None:
                 node.loaded_with[key] = runs_under(node.loaded_with.get(key), flight.ask.reload_key, loads)
                 fleet.seen(flight.ask)
         elif known.first_byte_s is None and row.answering_s is not None:
-            known.answered(now_s - row.answering_s)
+            node.advance(now_s)
+            known.first_byte_s = now_s - row.answering_s
 
 
 class Share:
@@ -137,7 +146,8 @@ class Share:
         self._node = node
         self._fleet = fleet
         self._http = http
-        self._proxy_id = proxy_id
+        # A node may be known under two addresses, and then is two nodes to this proxy, which see each other.
+        self._name = f"{proxy_id}.{_NOT_IN_A_NAME.sub('-', node.name)}"[:64]
         self._timeout_s = timeout_s
         self._task: asyncio.Task[None] | None = None
         self._not_before_s = 0.0
@@ -147,7 +157,7 @@ class Share:
         """See to it that the agent at ``agent_url`` is connected, or is being tried."""
         running = self._task is not None and not self._task.done()
         if not running and asyncio.get_running_loop().time() >= self._not_before_s:
-            url = (URL(agent_url) / in_flight.PATH.lstrip("/")).with_query(proxy=self._proxy_id)
+            url = (URL(agent_url) / in_flight.PATH.lstrip("/")).with_query(proxy=self._name)
             self._task = asyncio.create_task(self._run(url, headers), name=f"share {self._node.name}")
 
     def drop(self) -> asyncio.Task[None] | None:
@@ -201,14 +211,12 @@ class Share:
 
     def _say(self, status: int) -> None:
         """Say once why what is in flight on the node is not shared. An agent of before is no news."""
-        why = {
-            401: "its token is another one than agent_token here",
-            403: "from another machine that takes its token: set the same agent_token here and there",
-            503: "too many proxies share it already",
-        }.get(status)
+        why = WHY.get(status)
+        if status == 403 and self._node.source == "mdns":
+            why = "it announced itself, so it is not shown the token; name the node in the configuration"
         if why is not None and why != self._said:
             self._said = why
-            log.warning(
+            log.info(  # where there is one proxy, nothing is lost
                 "The agent of %s does not share what several proxies have in flight there: %s.",
                 self._node.name,
                 why,

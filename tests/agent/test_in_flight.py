@@ -113,7 +113,9 @@ async def test_who_comes_again_takes_the_place_of_its_former_connection(house: O
     await two.hear(lambda p: not p.rows)
     await again.tell(a=CHAT)
     await two.hear(lambda p: len(p.rows) == 1)
-    await before.socket.close()  # late: it must not take the new one along
+    while (message := await before.socket.receive(10)).type is WSMsgType.TEXT:
+        pass
+    assert (message.type, message.extra) == (WSMsgType.CLOSE, "it has connected again")
     assert await here.total() == 1
 
 

@@ -87,6 +87,7 @@ async def test_an_agent_that_may_not_share_is_named_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("agent.server.is_loopback", lambda request: False)
     monkeypatch.setattr("proxy_addon.fleet.shares.REFUSED_PAUSE_S", 0.0)
     fake = await ollama_node()
@@ -96,6 +97,21 @@ async def test_an_agent_that_may_not_share_is_named_once(
     first_s = only(found.fleet).report_s
     await until(lambda: only(found.fleet).report_s != first_s)  # it is watched all the same
     assert caplog.text.count("set the same agent_token here and there") == 1
+
+
+async def test_a_node_under_two_names_is_seen_as_one(
+    ollama_node: NodeFactory, fake_agent: AgentFactory, watched: WatchFactory
+) -> None:
+    fake = await ollama_node()
+    agent = await fake_agent(fake)
+    found = watched(fake, agent_url=agent.url)
+    first = only(found.fleet)
+    second = found.fleet.add(Node("localhost", fake.server.port, agent_url=agent.url))
+    await until(lambda: first.on_flight and second.on_flight)
+    flight = first.take(Ask(CHAT, key="m:latest"), 0.0, 7.0)
+    await until(lambda: second.foreign)
+    flight.drop()
+    await until(lambda: not second.flights)
 
 
 def test_a_slot_that_another_proxy_has_is_taken() -> None:
