@@ -145,9 +145,15 @@ def read_announcement(info: AsyncServiceInfo) -> Announced | None:
         kind=txt.get("kind", "ollama"),
         addresses=addresses,
         agent_port=info.port,
-        ollama_port=int(ollama_port) if ollama_port.isdecimal() else None,
+        ollama_port=_port(ollama_port),
         version=txt.get("version", ""),
     )
+
+
+def _port(text: str) -> int | None:
+    """The port that ``text`` names, None for anything else: anybody may announce anything."""
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else 0
+    return number if 0 < number <= 65535 else None
 
 
 def announceable(listen_hosts: Sequence[str]) -> list[str]:

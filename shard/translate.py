@@ -228,12 +228,12 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     for ours, theirs in (("tool_call_id", "tool_call_id"), ("tool_name", "name")):
         if message.get(ours):
             converted[theirs] = message[ours]
-    if calls := message.get("tool_calls"):
+    if calls := _listed(message, "tool_calls"):
         converted["tool_calls"] = [_tool_call(index, call) for index, call in enumerate(calls)]
     if thinking := message.get("thinking"):
         converted["reasoning_content"] = thinking
     content = message.get("content") or ""
-    images = message.get("images") or []
+    images = _listed(message, "images")
     if not images:
         converted["content"] = content
         return converted
@@ -243,8 +243,17 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function") or {}
+def _listed(message: Mapping[str, Any], name: str) -> Sequence[Any]:
+    found = message.get(name) or []
+    if not isinstance(found, list):
+        raise Refusal(400, f"{name} of a message must be a list")
+    return found
+
+
+def _tool_call(index: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") or {} if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise Refusal(400, "a tool call must be an object with a function")
     return {
         "id": call.get("id") or f"call_{index}",
         "index": function.get("index", index),

@@ -6,6 +6,7 @@ of v0.33), and the command line of a process may be read by everybody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
@@ -23,6 +24,9 @@ def num_parallel() -> int | None:
     return most_slots(_runners())
 
 
+_NUMBER = re.compile(r"0*[1-9][0-9]{0,8}")
+
+
 def most_slots(command_lines: Iterable[Sequence[str]]) -> int | None:
     """The largest number of slots that ``command_lines`` ask for."""
     found = [slots for line in command_lines if (slots := _slots(line)) is not None]
@@ -34,7 +38,7 @@ def _slots(line: Sequence[str]) -> int | None:
         name, separator, value = word.partition("=")
         if name in FLAGS:
             number = value if separator else next(iter(line[index + 1 : index + 2]), "")
-            return int(number) if number.isascii() and number.isdecimal() and int(number) > 0 else None
+            return int(number) if _NUMBER.fullmatch(number) else None
     return None
 
 
