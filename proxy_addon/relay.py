@@ -242,7 +242,7 @@ def cut(flow: http.HTTPFlow, reason: str) -> bytes | None:
 
 _NUMBERS = re.compile(
     rb'"(total_duration|load_duration|prompt_eval_count|prompt_eval_duration|eval_count|eval_duration|'
-    rb'prompt_tokens|completion_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
+    rb'prompt_tokens|completion_tokens|input_tokens|output_tokens)"\s*:\s*(\d{1,18})(?!\d)'
 )
 _REASON = re.compile(rb'_reason"\s*:\s*"([^"]*)"')  #: done_, finish_ or stop_; found in a quarter of the time
 _NS_PER_S = 1e9
