@@ -60,6 +60,9 @@ async def running(programs: Sequence[Program]) -> AsyncIterator[None]:
 async def soak(options: argparse.Namespace, folder: Path) -> int:
     """Run it; the exit status."""
     began_s = time.monotonic()
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # so that nothing outlives it
     count = len(HOUSES)
     proxy_port, *ports = free_ports(1 + 2 * count)
     nodes = [Node(i, house, ports[i], ports[count + i], folder) for i, house in enumerate(HOUSES)]

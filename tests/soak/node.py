@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 
 import orjson
 
@@ -50,11 +51,11 @@ async def _run(options: argparse.Namespace) -> None:
 
         await FakeAgent(node).start(options.agent_port)
     print(node.host_port, flush=True)
-    await asyncio.Event().wait()
+    await asyncio.to_thread(sys.stdin.read)
 
 
 def main() -> None:
-    """Serve until killed."""
+    """Serve until killed, or until whoever started it is gone and its input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--agent-port", type=int, default=0, help="0: no agent")
