@@ -24,7 +24,7 @@ from tests.proxy.running import RunningProxy
 
 LIMIT_S = 60.0  #: within which every request must end, on a slow machine too
 WAITS_S = 1.0  #: how long nothing is waited for, where that is what the client must see
-LARGE_AT_ONCE = 5  #: cells with large bodies, of which each is in memory several times
+LARGE_AT_ONCE = 3  #: cells with large bodies, of which each is in memory several times
 SMALL = Exchange("native", True, "small")
 
 #: What is noticed by a limit alone.

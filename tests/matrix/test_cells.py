@@ -16,8 +16,8 @@ from tests.matrix.check import Asked, problems
 from tests.matrix.client import Seen
 from tests.matrix.expectation import ROWS, TOKENS, Sees, expectation
 from tests.matrix.faulty import fault, moment
+from tests.matrix.groups import GROUPS
 from tests.matrix.runs import RUNS
-from tests.matrix.test_matrix import GROUPS
 
 STREAM = Exchange("native", True, "small")
 ELSEWHERE = Cell(What.RST, When.HEAD, STREAM)
