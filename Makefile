@@ -1,6 +1,6 @@
 # Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt bench bench-proxy bench-routing bench-shard lock clean soak
+.PHONY: help install demo test check fmt bench bench-proxy bench-routing bench-shard fuzz lock clean soak
 
 # The first python3 that runs: a shim of pyenv's may be on PATH and fail.
 PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
@@ -8,6 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.bench
 PEERS_INSTALLED := .venv/.bench-proxy
+FUZZ_INSTALLED := .venv/.fuzz
 ARGS ?=
 
 help: ## list these targets
@@ -57,6 +58,13 @@ bench-routing: $(BENCH_INSTALLED) ## compare routing with other balancers on a s
 
 $(BENCH_INSTALLED): $(INSTALLED) scripts/bench.lock.txt
 	@$(PYTHON3) scripts/bootstrap.py bench
+	@touch $@
+
+fuzz: $(FUZZ_INSTALLED) ## search inputs that break the parsers; ARGS='--seconds 60 --target chunks'
+	@$(BIN)/python scripts/fuzz.py $(ARGS)
+
+$(FUZZ_INSTALLED): $(INSTALLED) scripts/fuzz.lock.txt
+	@$(PYTHON3) scripts/bootstrap.py fuzz
 	@touch $@
 
 bench-shard: install ## measure models over several hosts: cost, gain over llama.cpp's split, recovery (as root)

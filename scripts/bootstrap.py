@@ -25,6 +25,7 @@ SCRATCH = TOOLS / "scratch"
 UV_LOCK = ROOT / "scripts" / "uv.lock.txt"
 LOCK = ROOT / "requirements.lock"
 BENCH_LOCK = ROOT / "scripts" / "bench.lock.txt"
+FUZZ_LOCK = ROOT / "scripts" / "fuzz.lock.txt"
 #: Of the proxies that `make bench-proxy` compares with, those that need an environment of their own.
 PEERS = ("bench-litellm", "bench-herd")
 
@@ -275,6 +276,12 @@ def add_bench() -> None:
     uv("pip", "install", "--python", VENV, "--require-hashes", "-r", BENCH_LOCK)
 
 
+def add_fuzz() -> None:
+    """Put what `make fuzz` needs beside what is in `.venv`: a fuzzer that is guided by coverage."""
+    say("installing the packages of scripts/fuzz.lock.txt into .venv")
+    uv("pip", "install", "--python", VENV, "--require-hashes", "-r", FUZZ_LOCK)
+
+
 def peer_lock(peer: str) -> Path:
     """Return where the packages of a peer's environment are pinned."""
     return ROOT / "scripts" / f"{peer.replace('-', '_')}.lock.txt"
@@ -303,6 +310,7 @@ def lock(options: list[str]) -> None:
     wanted = {
         LOCK: ["scripts/requirements.in", "--group", "pyproject.toml:dev", "--no-emit-package", "sollol"],
         BENCH_LOCK: ["--group", "pyproject.toml:bench", "--constraints", LOCK.name],
+        FUZZ_LOCK: ["--group", "pyproject.toml:fuzz", "--constraints", LOCK.name],
         **{peer_lock(peer): ["--group", f"pyproject.toml:{peer}"] for peer in PEERS},
     }
     for file, what in wanted.items():
@@ -310,7 +318,7 @@ def lock(options: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Install everything; with `lock` remake the lock files, with `bench…` add what a benchmark needs.
+    """Install everything; with `lock` remake the lock files, with `bench…` or `fuzz` add what that needs.
 
     Returns the exit status. What could not be done is said in one sentence.
     """
@@ -321,6 +329,8 @@ def main(arguments: list[str]) -> int:
             lock(arguments[1:])
         elif arguments[:1] == ["bench"]:
             add_bench()
+        elif arguments[:1] == ["fuzz"]:
+            add_fuzz()
         elif arguments[:1] == ["bench-proxy"]:
             add_bench()
             add_peers()

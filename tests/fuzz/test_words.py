@@ -33,9 +33,10 @@ from proxy_addon.retry import Meaning, classify
 from shard import translate
 from shard.options import resolve
 
-whole_numbers = st.integers(-(2**63), 2**63 - 1)  #: that JSON has for orjson
+#: That are numbers in JSON as orjson writes it.
+numbers = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
-    st.none() | st.booleans() | whole_numbers | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none() | st.booleans() | numbers | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=10,
 )  # fmt: skip
