@@ -221,6 +221,34 @@ def test_who_was_alone_and_used_much_is_not_punished_for_it() -> None:
     assert [serve(line, 100.0).client for _ in range(4)] == ["alone", "new", "alone", "new"]
 
 
+@given(st.lists(ARRIVALS, max_size=8), st.lists(ARRIVALS, min_size=1, max_size=4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_to_pass_by_an_empty_line_is_to_come_and_be_started(
+    before: list[tuple[str, int, float]], after: list[tuple[str, int, float]], leaves: bool
+) -> None:
+    lines = Line[Item](AGEING_S), Line[Item](AGEING_S)
+    for line in lines:
+        come = [item(client, priority, 0.0, cost_s) for client, priority, cost_s in before]
+        for one in come:
+            line.add(one, 0.0)
+        if leaves and come:
+            line.remove(come[-1], 0.5)
+        while len(line):
+            serve(line, 1.0)
+    one, other = item("a", at_s=2.0, cost_s=4.0), item("a", at_s=2.0, cost_s=4.0)
+    lines[0].pass_by(one, 2.0)
+    lines[1].add(other, 2.0)
+    serve(lines[1], 2.0)
+    assert (one.number, one.since_s, one.tag) == (other.number, other.since_s, other.tag)
+    served = []
+    for line, back in zip(lines, (one, other), strict=True):
+        line.add(back, 3.0)  # its node failed
+        for client, priority, cost_s in after:
+            line.add(item(client, priority, 3.0, cost_s), 3.0)
+        served.append([serve(line, 4.0).number for _ in range(len(line))])
+    assert served[0] == served[1]
+
+
 def test_who_joins_a_long_line_begins_where_it_is_and_not_before() -> None:
     """Neither is it owed what it did not ask for in the past."""
     line = Line[Item](AGEING_S)

@@ -57,6 +57,14 @@ def test_few_answers_suffice_and_a_change_is_followed() -> None:
     assert taught([1000] * 60 + [20] * 60).of(ask()).mean < 500
 
 
+def test_what_was_asked_for_before_is_followed_as_well() -> None:
+    lengths = taught([1000] * 60)
+    for _ in range(60):
+        lengths.observe(ask(), 20)
+        lengths.of(ask())
+    assert lengths.of(ask()).mean == pytest.approx(taught([1000] * 60 + [20] * 60).of(ask()).mean, rel=0.1)
+
+
 def test_each_client_model_and_kind_has_lengths_of_its_own() -> None:
     lengths = OutputLengths()
     for _ in range(40):

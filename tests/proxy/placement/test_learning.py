@@ -57,6 +57,18 @@ def test_a_measured_speed_replaces_the_promise() -> None:
     assert found.load_s == pytest.approx(8)
 
 
+def test_a_drift_in_steps_that_are_noise_each_is_followed() -> None:
+    speeds, n = Speeds(), node(Fleet(), 1)
+    stamps = set()
+    for step in range(60):
+        observe(speeds, n, answer(tok_s=40 * 1.01**step))
+        estimate(speeds, n)
+        stamps.add(speeds.stamp(n.name))
+    measured = speeds.nodes[n.name].models["m"].decode_tok_s.value
+    assert estimate(speeds, n).decode_tok_s == pytest.approx(measured, rel=0.025)
+    assert 2 < len(stamps) < 40, "told of, but not after each answer"
+
+
 def test_what_one_model_taught_serves_the_nodes_other_models() -> None:
     speeds, n = Speeds(), node(Fleet(), 1, models={"m": row(4), "big": row(8)})
     observe(speeds, n, answer(tok_s=PROMISED_DECODE / 2, load_s=4.0))
