@@ -72,7 +72,7 @@ class Guard:
             flow.response = errors.response(
                 seen.protocol, refusal.status, refusal.message, request_id=seen.id
             )
-        elif flow.request.method == "OPTIONS":
+        elif seen.method == "OPTIONS":
             flow.response = _preflight(flow, origin)
         if flow.response:
             self.responseheaders(flow)

@@ -41,7 +41,8 @@ class Intake:
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """Whoever asked with HEAD gets the head alone: a body would be read as the next answer."""
-        if flow.request.method == "HEAD" and flow.response is not None:
+        rec = record.of(flow)
+        if rec is not None and rec.method == "HEAD" and flow.response is not None:
             flow.response.data.content = b""  # the length stays that of the body which a GET would bring
 
 
@@ -63,7 +64,7 @@ class Understand:
         if endpoint is None:
             flow.response = errors.plain(404, "404 page not found")
             return
-        if flow.request.method not in endpoint.methods:
+        if rec.method not in endpoint.methods:
             flow.response = errors.plain(405, "405 method not allowed")
             flow.response.headers["allow"] = ", ".join(sorted(endpoint.methods))
             return

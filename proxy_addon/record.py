@@ -65,6 +65,7 @@ class Record:
     endpoint: Endpoint | None = None
     ask: Ask | None = None
     headers: Mapping[str, str] = field(default_factory=dict)  #: as the client sent them; see heads.py
+    method: str = ""  #: in upper case
     path: str = ""  #: without query
     settings: Settings | None = None  #: those in force when it came in; it is served under them
     decisions: list[Decision] = field(default_factory=list)
@@ -127,5 +128,6 @@ def open_for(flow: http.HTTPFlow, protocol: Protocol, now_s: float) -> Record:
     headers = heads.read(flow.request.headers.fields)
     client = peer[0] if peer else ""
     record = Record(f"{_IDS.getrandbits(64):016x}", protocol, now_s, client, headers=headers)
+    record.method = flow.request.method
     flow.sollol = record  # type: ignore[attr-defined]
     return record

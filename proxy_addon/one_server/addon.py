@@ -85,7 +85,7 @@ class OneServer:
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Send a blob on to its node as it comes in, or say at once that the node has it."""
         rec = record.of(flow)
-        if rec is None or rec.endpoint is None or flow.response or flow.request.method != "POST":
+        if rec is None or rec.endpoint is None or flow.response or rec.method != "POST":
             return
         if rec.endpoint.path == "/api/blobs/*":
             with _telling(flow, rec):
