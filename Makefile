@@ -1,6 +1,6 @@
 # Everything is installed into .venv and .tools here; see scripts/bootstrap.py. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fmt bench bench-proxy bench-routing bench-shard fuzz lock clean soak
+.PHONY: help install demo test check fmt bench bench-proxy bench-hostile bench-routing bench-shard fuzz lock clean soak
 
 # The first python3 that runs: a shim of pyenv's may be on PATH and fail.
 PYTHON3 = $(shell for p in $$(which -a python3) /usr/bin/python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
@@ -66,6 +66,9 @@ fuzz: $(FUZZ_INSTALLED) ## search inputs that break the parsers; ARGS='--seconds
 $(FUZZ_INSTALLED): $(INSTALLED) scripts/fuzz.lock.txt
 	@$(PYTHON3) scripts/bootstrap.py fuzz
 	@touch $@
+
+bench-hostile: install ## measure what hostile clients cost the others
+	@$(BIN)/python scripts/bench_hostile.py $(ARGS)
 
 bench-shard: install ## measure models over several hosts: cost, gain over llama.cpp's split, recovery (as root)
 	@scripts/test_deps.sh

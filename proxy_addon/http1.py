@@ -20,6 +20,7 @@ from mitmproxy.proxy.layers.http import ReceiveHttp, ResponseProtocolError, _htt
 from mitmproxy.proxy.layers.http._events import ErrorCode
 
 from proxy_addon import access, errors
+from proxy_addon.lane.framing import SHRED_BYTES, SHREDS
 from proxy_addon.lane.upstream import LONGEST_HEAD
 from proxy_addon.strict_server import StrictServer
 
@@ -32,11 +33,17 @@ class _WithoutTrailers:
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
+        self._chunks = self._chunked_bytes = 0
 
     def __call__(self, buffer: Any) -> Any:
         event = self._reader(buffer)
         if event is None and len(buffer) > LONGEST_LINE_BYTES:  # it waits for the end of a line
             raise h11.RemoteProtocolError("the size of a chunk, or the trailers, are too long")
+        if isinstance(event, h11.Data):
+            self._chunks += 1
+            self._chunked_bytes += len(event.data)
+            if self._chunks == SHREDS and self._chunked_bytes < SHREDS * SHRED_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too many too small chunks")
         if self._reader._bytes_in_chunk > LARGEST_CHUNK_BYTES:
             raise h11.RemoteProtocolError("a chunk is larger than any body")
         return self._bare(event)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from mitmproxy.connection import Client, ConnectionState
@@ -180,18 +181,15 @@ class ClientConnection(asyncio.Protocol):
             BadBody: it is larger than ``limit_bytes``, too slow, or its framing is broken.
             ClientLeft: the client has gone.
         """
-        pieces: list[bytes] = []
-        size = 0
+        whole = BytesIO()  # gives its bytes away as they are: joining 100 MB would keep everybody waiting
 
         def collect(data: bytes) -> None:
-            nonlocal size
-            size += len(data)
-            if limit_bytes is not None and size > limit_bytes:
+            if limit_bytes is not None and whole.tell() + len(data) > limit_bytes:
                 raise BadBody(413, f"the request body is larger than the limit of {limit_bytes} bytes")
-            pieces.append(data)
+            whole.write(data)
 
         await self.read(collect)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return whole.getvalue()
 
     async def read(self, take: Callable[[bytes], None]) -> None:
         """Give the body of the request under way to ``take`` as it comes, to its end.

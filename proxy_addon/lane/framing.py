@@ -14,6 +14,9 @@ _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\
 _BEGUN_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?)?\r?\Z")
 LONGEST_LINE = 4096  #: of a chunk's size with its extensions
 LONGEST_TRAILERS = 8192
+#: So many chunks in one piece of the stream that are shorter than that on average are an attack: a megabyte
+#: in chunks of one byte takes a second to follow.
+SHREDS, SHRED_BYTES = 1024, 16
 _CRLF = b"\r\n"
 END = b"0\r\n\r\n"  #: of a chunked body without trailers
 
@@ -73,6 +76,8 @@ class Chunked:
             if self._left > 2:
                 piece = data[at : at + self._left - 2]
                 payload.append(piece)
+                if len(payload) == SHREDS and sum(map(len, payload)) < SHREDS * SHRED_BYTES:
+                    raise FramingError("it comes in too many too small chunks")
                 at += len(piece)
                 self._left -= len(piece)
             elif self._left:
