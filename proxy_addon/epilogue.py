@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mitmproxy import http
 
@@ -64,7 +65,8 @@ class Epilogue:
                 self.suspect(node)
             if outcome == "ok" and rec.ask is not None and rec.sent_s is not None:
                 first_byte_s = (rec.first_byte_s or now_s) - rec.sent_s
-                self.dispatch.speeds.observe(
+                learn = partial(
+                    self.dispatch.speeds.observe,
                     node,
                     rec.ask,
                     rec.stats,
@@ -76,8 +78,14 @@ class Epilogue:
                     cached_tokens=flight.cached_tokens,
                     lone=flight.lone,
                 )
+                _guarded(learn, rec)
         for observer in self.observers:
-            try:
-                observer(rec)
-            except Exception as defect:  # noqa: BLE001 - what the others keep must not depend on it
-                defects.report(defect, "observer", rec.id)
+            _guarded(partial(observer, rec), rec)
+
+
+def _guarded(tell: Callable[[], object], rec: Record) -> None:
+    """Tell one of those who learn of an end; what the others keep must not depend on it."""
+    try:
+        tell()
+    except Exception as defect:  # noqa: BLE001
+        defects.report(defect, "observer", rec.id)

@@ -14,7 +14,7 @@ from mitmproxy import http
 from mitmproxy.connection import Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
-from proxy_addon import record, wire
+from proxy_addon import defects, record, wire
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import Handling
 from proxy_addon.fleet.node import Node
@@ -159,7 +159,7 @@ class Timeouts:
     def _arm(
         self, flow: http.HTTPFlow, delay_s: float, due: Callable[[http.HTTPFlow, str], None], reason: str
     ) -> None:
-        self._timers[flow.id] = asyncio.get_running_loop().call_later(delay_s, due, flow, reason)
+        self._timers[flow.id] = asyncio.get_running_loop().call_later(delay_s, _due, due, flow, reason)
 
     def _disarm(self, flow: http.HTTPFlow) -> None:
         timer = self._timers.pop(flow.id, None)
@@ -214,3 +214,13 @@ class Timeouts:
             return False
         rec.abort_reason = reason
         return True
+
+
+def _due(due: Callable[[http.HTTPFlow, str], None], flow: http.HTTPFlow, reason: str) -> None:
+    """A limit is reached. Where what is to be done fails itself, the attempt is not left without a limit."""
+    try:
+        due(flow, reason)
+    except Exception as defect:  # noqa: BLE001 - the outermost boundary of a timer
+        rec = record.of(flow)
+        defects.report(defect, "timer", rec.id if rec is not None else "")
+        wire.break_off(flow)

@@ -305,10 +305,10 @@ class Exchange:
         tee = response.stream
         assert isinstance(tee, relay.Tee)
         chunked = self._is_chunked(response, upstream)
-        self._begun = True
         begin = answer_bytes(response, chunked=chunked, close=self._closes())
         out = tee(bytes(held)) or b"" if held else b""
         if not upstream.ended:
+            self._begun = True
             self.client.write(begin + (chunk(out) if chunked else out))
             self._splice = Splice(upstream, self.client.transport.write, tee, chunked=chunked)
             self.hold_node(self.client.is_full)
@@ -319,6 +319,7 @@ class Exchange:
                 return True
             begin = out = b""
         out += tee(b"") or b""
+        self._begun = True
         self.client.write(begin + (chunk(out) + END if chunked else out))
         self._release_upstream()
         response.data.timestamp_end = time()
