@@ -90,7 +90,29 @@ def render(answer: dict[str, Any]) -> RenderableType:
     remarks = [Text(f"{row['name']}: {each}", "yellow") for row in nodes for each in row["remarks"]]
     reasons = [Text(f"{row['name']}: {row['why']}", "dim") for row in nodes if row["why"]]
     pins = [Text(f"{row['why']}.", "yellow") for row in answer["pins"] if row["why"]]
-    return Group(head, *_reload(answer), table, *remarks, *reasons, *pins, *_queue(answer), *load_lines(nodes))
+    return Group(
+        head,
+        *_workers(answer),
+        *_reload(answer),
+        table,
+        *remarks,
+        *reasons,
+        *pins,
+        *_queue(answer),
+        *load_lines(nodes),
+    )
+
+
+def _workers(answer: dict[str, Any]) -> list[Text]:
+    """What each of several processes has in hand."""
+    return [
+        Text(
+            f"worker {row['worker']}: process {row['pid']}, {row['in_flight']} in flight,"
+            f" {row['queue_depth']} waiting, {row['requests']} done",
+            "dim",
+        )
+        for row in answer.get("workers", ())
+    ]
 
 
 def _reload(answer: dict[str, Any]) -> list[Text]:

@@ -29,7 +29,7 @@ from proxy_addon.commands.client import NoAnswer, human_bytes, human_s
 from proxy_addon.commands.models import by_model
 from proxy_addon.placement.decision import Candidate, Decision
 from proxy_addon.record import Record
-from proxy_addon.settings import Settings
+from proxy_addon.settings import Settings, Source
 from tests.proxy.test_admin import admin, let_wait
 from tests.proxy.test_telemetry import KEY, fleet, record
 
@@ -191,12 +191,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """What the launcher was given in place of being run."""
     given: list[Settings] = []
 
-    def launch(settings: Settings) -> int:
+    def launch(settings: Settings, source: Source) -> int:
+        assert source.read() == settings
         given.append(settings)
         return 3
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("proxy_addon.launcher.run", launch)
+    monkeypatch.setattr("proxy_addon.start.run", launch)
     return given
 
 
@@ -205,6 +206,7 @@ def test_proxy_flags_become_settings(launched: list[Settings], tmp_path: Path) -
     shown = run(
         *("proxy", "--config", "own.yaml", "--listen", ":8000", "--nodes", "a,b:1", "--nodes", "c"),
         *("--mode", "regular@8080", "--mode", "socks5", "--set", "retry.rounds=2", "--state-dir", "/tmp/s"),
+        *("--workers", "4"),
         env={"SOLLOL_POLL__INTERVAL_S": "7", "SOLLOL_PLACEMENT": "least_loaded"},
     )
     assert shown.exit_code == 3, shown.output
@@ -213,7 +215,7 @@ def test_proxy_flags_become_settings(launched: list[Settings], tmp_path: Path) -
     assert [str(node) for node in settings.nodes] == ["a:11434", "b:1", "c:11434"]
     assert settings.modes == ("regular@8080", "socks5")
     assert (settings.retry.rounds, settings.poll.interval_s, settings.placement) == (2, 7, "least_loaded")
-    assert settings.state_dir == Path("/tmp/s")
+    assert (settings.state_dir, settings.workers) == (Path("/tmp/s"), 4)
 
 
 @pytest.mark.parametrize(

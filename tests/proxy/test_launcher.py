@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from contextlib import ExitStack
 
 from proxy_addon import launcher
 from proxy_addon.listening import Listening
 
 BURST = 300  #: asyncio's own backlog is 100
+
+
+LIMITED = """
+import resource
+from proxy_addon.ports import raise_descriptor_limit
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+raise_descriptor_limit()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+
+
+def test_it_may_have_as_many_connections_as_the_system_allows() -> None:
+    subprocess.run([sys.executable, "-c", LIMITED], check=True, timeout=60)
 
 
 def test_a_burst_of_connections_waits_until_it_is_accepted() -> None:
