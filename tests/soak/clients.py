@@ -28,10 +28,13 @@ from tests.soak.house import EMBED, SHARES
 from tests.soak.outcome import LIMIT_S, Manner, Outcome, Retry
 from tests.soak.shapes import SHAPES, Reading, Shape, error_text
 
-PAUSE_S = (0.5, 8.0)  #: between two requests of a client
+#: Between two requests of a client, and of how many there are more pause longer, so that all together make no
+#: more requests a second than two cores carry with the nodes beside them.
+PAUSE_S = (0.5, 4.0)
+REQUESTS_PER_S = 25.0
 FIRST_PAUSE_S = 3.0  #: within this all have begun
 TOKENS = (1, 60)
-LONG_TOKENS = (300, 900)  #: 4 ms each where nobody else is on the node: long enough to be hit
+LONG_TOKENS = (150, 400)  #: 4 ms each where nobody else is on the node: long enough to be hit
 LONG_SHARE = 0.12
 LEAVE_SHARE, SLOW_SHARE, FRESH_SHARE = 0.10, 0.08, 0.35
 LEAVE_AFTER_S = 1.0
@@ -75,10 +78,11 @@ def wish(draw: Random, id_: str) -> Wish:
 class Client:
     """One client with a kept connection of its own, and a slow one for slow reading."""
 
-    def __init__(self, url: str, name: str, draw: Random, out: BinaryIO) -> None:
+    def __init__(self, url: str, name: str, draw: Random, pause_s: float, out: BinaryIO) -> None:
         self._url = url
         self._name = name
         self._draw = draw
+        self._pause_s = pause_s
         self._out = out
         self._count = 0
         self._reused = False
@@ -95,7 +99,7 @@ class Client:
                 self._count += 1
                 outcome = await self.ask(kept, wish(self._draw, f"{self._name}-{self._count}"))
                 self._out.write(outcome.line())
-                pause_s = self._draw.uniform(*PAUSE_S)
+                pause_s = self._draw.uniform(PAUSE_S[0], self._pause_s)
 
     async def _note_reuse(self, *_: object) -> None:
         self._reused = True
@@ -230,6 +234,7 @@ async def _lines() -> asyncio.StreamReader:
 async def _run(options: argparse.Namespace) -> None:
     orders, resting, act = await _lines(), asyncio.Event(), 0
     clients: list[asyncio.Task[None]] = []
+    pause_s = max(PAUSE_S[1], 2 * options.clients / REQUESTS_PER_S)
     with Path(options.out).open("ab") as out:
         while order := (await orders.readline()).decode().strip():
             if order == "go":
@@ -237,9 +242,9 @@ async def _run(options: argparse.Namespace) -> None:
                 resting.clear()
                 clients = [
                     asyncio.create_task(
-                        Client(options.url, f"{act}.{n}", Random(f"{options.seed}/{act}/{n}"), out).run(
-                            resting
-                        )
+                        Client(
+                            options.url, f"{act}.{n}", Random(f"{options.seed}/{act}/{n}"), pause_s, out
+                        ).run(resting)
                     )
                     for n in range(options.clients)
                 ]

@@ -16,7 +16,7 @@ MADE = "made"  #: created under way, from ``wide``, and deleted
 SHARES = {WIDE: 50, PAIR: 16, LONE: 6, EMBED: 14, MADE: 2, **dict.fromkeys(FLEETING, 4)}
 
 GIB = 1 << 30
-SLOTS = 4
+SLOTS = 8
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def report(
     for protocol in ("native", "openai", "anthropic"):
         those = [o for o in outcomes if PROTOCOL[o.shape] == protocol]
         ends = Counter(o.end for o in those)
-        took_s = [o.ended_s - o.sent_s for o in those if o.end == "ok" and o.manner == "stay"]
+        # Of what nothing but nodes and proxy made longer.
+        clean = [o for o in those if o.end == "ok" and o.manner == "stay" and not o.retries]
+        took_s = [o.ended_s - o.sent_s for o in clean]
         times = [f"{quantile(took_s, share):.2f} s" for share in (0.5, 0.99)]
         shapes.append([protocol, len(those), *(ends[end] for end in COLUMNS), *times])
     retries = Counter(retry.why for o in outcomes for retry in o.retries)
