@@ -28,10 +28,8 @@ from tests.soak.house import EMBED, SHARES
 from tests.soak.outcome import LIMIT_S, Manner, Outcome, Retry
 from tests.soak.shapes import SHAPES, Reading, Shape, error_text
 
-#: Between two requests of a client, and of how many there are more pause longer, so that all together make no
-#: more requests a second than two cores carry with the nodes beside them.
-PAUSE_S = (0.5, 4.0)
-REQUESTS_PER_S = 25.0
+PAUSE_S = (0.5, 4.0)  #: between two requests of a client; longer where many would make more than this:
+REQUESTS_PER_S = 25.0  #: of all together, which two cores carry with the nodes beside the proxy
 FIRST_PAUSE_S = 3.0  #: within this all have begun
 TOKENS = (1, 60)
 LONG_TOKENS = (150, 400)  #: 4 ms each where nobody else is on the node: long enough to be hit
@@ -240,14 +238,9 @@ async def _run(options: argparse.Namespace) -> None:
             if order == "go":
                 act += 1
                 resting.clear()
-                clients = [
-                    asyncio.create_task(
-                        Client(
-                            options.url, f"{act}.{n}", Random(f"{options.seed}/{act}/{n}"), pause_s, out
-                        ).run(resting)
-                    )
-                    for n in range(options.clients)
-                ]
+                draws = [Random(f"{options.seed}/{act}/{n}") for n in range(options.clients)]
+                made = [Client(options.url, f"{act}.{n}", d, pause_s, out) for n, d in enumerate(draws)]
+                clients = [asyncio.create_task(client.run(resting)) for client in made]
             else:
                 resting.set()
                 await asyncio.gather(*clients)
