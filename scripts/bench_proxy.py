@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -90,7 +90,7 @@ class Bench:
         cpu_ms = spent.busy_s / self.plan.streams * 1e3 if found.came == found.asked else float("nan")
         return Streams(cpu_ms, found.asked, found.came, found.wrong)
 
-    async def many(self, one: Running) -> Many:
+    async def measure_many(self, one: Running, figures: Figures) -> None:
         """A thousand streams, opened and ended evenly."""
         plan = self.plan
         chunks = int((plan.ramp_s + plan.steady_s) * MANY_PER_S)
@@ -102,7 +102,7 @@ class Bench:
             async with _watched(one) as seen_mb:
                 found = await self._clients(task, StreamFound)
         most_mb = max(seen_mb, default=float("nan"))
-        return Many(
+        figures.many = Many(
             MANY, found.open_most, found.asked, found.came, found.late, found.late_max_ms, found.way_max_ms,
             found.node_max_ms, spent.busy_s / spent.wall_s, base_mb, most_mb, found.wrong,
         )  # fmt: skip
@@ -139,7 +139,9 @@ class Spent:
         self._before_s, self._begun_s = self._cpu_s(), time.perf_counter()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed:
+            return  # the subject may be gone
         self.wall_s = time.perf_counter() - self._begun_s
         self.busy_s = self._cpu_s() - self._before_s - self._one.idle_share * self.wall_s
 
@@ -229,14 +231,28 @@ async def compare(names: Sequence[str], plan: Plan, results: Results) -> None:
         yardsticks = []
         for round_ in range(plan.rounds):
             yardsticks.append(yardstick_us())
-            for one in started if round_ % 2 == 0 else reversed(started):
-                await bench.measure(one, found[one.subject.name], round_)
+            for one in started[:: 1 if round_ % 2 == 0 else -1]:
+                its = found[one.subject.name]
+                if not await lasted(its, bench.measure(one, its, round_)):
+                    started.remove(one)
         for one in started:
-            found[one.subject.name].many = await bench.many(one)
-            _say(f"{MANY} streams, {one.subject.name}: {found[one.subject.name].many}")
+            its = found[one.subject.name]
+            if await lasted(its, bench.measure_many(one, its)):
+                _say(f"{MANY} streams, {one.subject.name}: {its.many}")
             await ends[one.subject.name].aclose()  # so that what it still works off is nobody else's trouble
         yardsticks.append(yardstick_us())
         results.about |= {"yardstick_us": median(yardsticks), "foreign_share": foreign.share()}
+
+
+async def lasted(figures: Figures, measuring: Awaitable[None]) -> bool:
+    """Whether a subject was there to the end of a measurement; the others go on without it."""
+    try:
+        await measuring
+    except (Broken, psutil.Error, TimeoutError) as error:
+        figures.note = f"it ended, or its clients did, while it was measured: {error!r}"
+        _say(f"{figures.name}: {figures.note}")
+        return False
+    return True
 
 
 async def _idle(started: Sequence[Running], seconds: float) -> None:
@@ -303,3 +319,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except Broken as error:
         sys.exit(f"bench_proxy: {error}")
+    except asyncio.CancelledError:
+        sys.exit("bench_proxy: it was told to end")

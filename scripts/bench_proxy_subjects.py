@@ -242,7 +242,7 @@ class Family:
     """A process and its children, whose time and memory count together."""
 
     def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
+        self.pid, self._root = pid, psutil.Process(pid)
 
     def _members(self) -> list[psutil.Process]:
         return [self._root, *self._root.children(recursive=True)]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from ruamel.yaml import YAML
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import bench_proxy_check
 import bench_proxy_report as report
+from bench_proxy import QUICK, Bench, lasted
 from bench_proxy_check import check
 from bench_proxy_client import LAST, Request, SmallTask, StreamTask, answer_end, quantile, small, streams
 from bench_proxy_node import FIXED, Connection, taken, unchunked
@@ -302,6 +304,16 @@ async def test_the_check_finds_a_proxy_that_changes_pieces(tmp_path: Path) -> No
     async with node(CORE, tmp_path) as place, relayed(place, changed) as one:
         with pytest.raises(Broken, match="loses or changes pieces"):
             await check(one, place.address)
+
+
+async def test_one_that_ends_under_way_is_noted_and_the_others_go_on(tmp_path: Path) -> None:
+    async with node(CORE, tmp_path) as place, running(SUBJECTS["nginx"], place, CORE, tmp_path / "n") as one:
+        assert one.family
+        psutil.Process(one.family.pid).kill()
+        bench, found = Bench(QUICK, Cores(CORE, CORE), tmp_path), figures("nginx")
+        await asyncio.to_thread(psutil.wait_procs, [psutil.Process(one.family.pid)], 10)
+        assert not await lasted(found, bench.measure(one, found, 0))
+    assert "it ended" in found.note
 
 
 async def test_one_that_is_not_installed_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
