@@ -8,7 +8,6 @@ A signal that was ignored when the process began stays so (``nohup``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -49,9 +48,13 @@ def start_successor() -> None:
 
 
 async def follow_file(path: Path, on_change: Callable[[], None]) -> None:
-    """See :func:`reload.follow`; where files cannot be followed SIGHUP alone tells."""
-    with contextlib.suppress(ImportError):
+    """See :func:`reload.follow`; where the file cannot be followed SIGHUP alone tells."""
+    try:
         await reload.follow(path, on_change)
+    except ImportError:  # not on Linux
+        return
+    except OSError as error:
+        log.warning("Changes of %s are not followed (%s); SIGHUP has it read anew.", path, error.strerror)
 
 
 class Life:
@@ -62,6 +65,7 @@ class Life:
         self.listening = listening
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending = False
+        self._told = False  #: by a signal: a drain may also have begun because of a successor
         on_signals({signal.SIGINT: self.end, signal.SIGTERM: self.end})
 
     async def over(self) -> None:
@@ -96,9 +100,10 @@ class Life:
 
     def end(self) -> None:
         """Drain; told twice, end at once."""
-        if self._ending:
+        if self._told:
             self.end_now()
         else:
+            self._told = True
             notify.notify("STOPPING=1")
             self.drain(succeeded=False)
 

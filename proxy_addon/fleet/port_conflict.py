@@ -49,7 +49,10 @@ def _held(host: str, port: int) -> str:
     moved = f"127.0.0.1:{_other_than(port, MOVED_OLLAMA_PORT)}"
     match _holder(host, port):
         case "sollol":
-            return f"another SOLLOL holds the port; use that one, or listen elsewhere ({elsewhere})"
+            return (
+                "another SOLLOL holds the port; use that one, take over from it (as its user, with its --state-dir),"
+                f" or listen elsewhere ({elsewhere})"
+            )
         case "ollama":
             return (
                 f"Ollama holds the port; either listen elsewhere ({elsewhere}), or move Ollama (start it with"

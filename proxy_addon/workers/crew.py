@@ -61,10 +61,11 @@ class Crew:
         self.sockets = sockets
         self.inherited = inherited
         self.family = Worker().family
-        self.reloader = Reloader(settings, self._reconfigure, on_outcome=self._told)
+        self.reloader = Reloader(settings, self._reconfigure, on_outcome=self._outcome)
         self.status = 0  #: to exit with
         self._lines: dict[int, socket.socket] = {}  #: to the workers that run
         self._ready: set[int] = set()
+        self._told = False  #: to end, by a signal
         self._up = False  #: all were ready at once
         self._ending = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -95,11 +96,13 @@ class Crew:
 
     def end(self) -> None:
         """Have all drain; told twice, end at once."""
-        if self._ending.is_set():
+        if self._told:
             self._say({"do": "end"})
             return
+        self._told = True
         notify.notify("STOPPING=1")
-        self._drain(succeeded=False)
+        if not self._ending.is_set():
+            self._drain(succeeded=False)
 
     def _leave(self, successor: int) -> None:
         if not self._ending.is_set():
@@ -129,7 +132,7 @@ class Crew:
         self.settings = settings.model_copy(update=fixed)
         self._say({"do": "reload", "settings": packed(self.settings)})
 
-    def _told(self, outcome: Outcome) -> None:
+    def _outcome(self, outcome: Outcome) -> None:
         self._say({"do": "told", "outcome": outcome.as_json()})
 
     # -- workers --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 LISTENS = re.compile(r"SOLLOL listens on \S*?:(\d+)")
-START_S = 60.0  #: a start takes one second; this machine may have other things to do
+START_S = 100.0  #: a start takes one second; this machine may have other things to do
 
 
 class Proxy:

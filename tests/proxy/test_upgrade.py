@@ -19,6 +19,7 @@ from tests.proxy.asks import BY_NAME, ask
 from tests.proxy.processes import kill, launch, proxy, sets
 
 PROMPT = "[[id:upgrade]] [[n:20]]"
+PACE_S = 0.02  #: between two requests of a client: the load must leave this machine time to start processes
 
 
 class Load:
@@ -35,7 +36,7 @@ class Load:
             heard = await ask(session, self.url, BY_NAME["chat"], PROMPT)
             assert heard.status == 200 and heard.ended and not heard.error
             check_stream(heard.text, PROMPT)
-            self.done += 1
+            await self._done()
 
     async def newcomer(self) -> None:
         while self.going:
@@ -43,7 +44,11 @@ class Load:
             writer.write(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
             writer.close()
-            self.done += 1
+            await self._done()
+
+    async def _done(self) -> None:
+        self.done += 1
+        await asyncio.sleep(PACE_S)
 
     async def more(self, count: int) -> None:
         """Return once so many more requests have been answered."""
@@ -62,7 +67,7 @@ class Load:
 async def under_load(url: str) -> AsyncIterator[Load]:
     load = Load(url)
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as clients:
-        for _ in range(4):
+        for _ in range(3):
             load.clients += [clients.create_task(load.client(session)), clients.create_task(load.newcomer())]
         await load.more(20)
         yield load
@@ -97,6 +102,7 @@ async def test_a_stream_goes_on_in_the_old_process(ollama_node: NodeFactory, tmp
         await node.wait_received(1, path="/api/generate")
         async with proxy(tmp_path, *arguments(node)) as new:
             await old.said("has taken the port over")
+            old.process.send_signal(signal.SIGTERM)  # by habit: it is draining already
             async with session.get(f"{new.url}/api/version") as response:
                 assert response.status == 200
             node.go_on()
