@@ -15,7 +15,6 @@ MADE = "made"  #: created under way, from ``wide``, and deleted
 #: How often clients ask for each; the rare ones are those whose only node is often out.
 SHARES = {WIDE: 50, PAIR: 16, LONE: 6, EMBED: 14, MADE: 2, **dict.fromkeys(FLEETING, 4)}
 
-GIB = 1 << 30
 SLOTS = 8
 
 
@@ -28,8 +27,7 @@ class House:
 
     def arguments(self) -> tuple[str, ...]:
         """Those of ``tests.soak.node``."""
-        sized = ",".join(f"{name}={256 << 20 if 'embed' in name else GIB}" for name in self.models)
-        return ("--models", sized, "--slots", str(SLOTS))
+        return ("--models", ",".join(self.models), "--slots", str(SLOTS))
 
 
 HOUSES = (

@@ -13,12 +13,18 @@ import orjson
 
 from tests.fakes.exchange import Exchange
 from tests.fakes.ollama_node import FakeOllama
-from tests.fakes.process import _model
-from tests.fakes.store import GIB, FakeModel
-from tests.soak.house import FLEETING
+from tests.fakes.store import GIB, FakeModel, embedding_model
+from tests.soak.house import EMBED, FLEETING
 
 STATE = "/soak/state"
 KEPT_RECORDS = 1000
+#: Room for all models of the house, at eight slots each, and Ollama's smallest default context.
+VRAM_BYTES = 22 * GIB
+
+
+def model(name: str) -> FakeModel:
+    """A small model, quick to load and to pull."""
+    return embedding_model(name) if name == EMBED else FakeModel(name, size=GIB // 4, block_count=7)
 
 
 class SoakNode(FakeOllama):
@@ -37,11 +43,11 @@ class SoakNode(FakeOllama):
 
 async def _run(options: argparse.Namespace) -> None:
     node = SoakNode(
-        [_model(text) for text in options.models.split(",")],
-        remote=[FakeModel(name, size=GIB) for name in FLEETING],
+        [model(name) for name in options.models.split(",")],
+        remote=[model(name) for name in FLEETING],
         keep_records=KEPT_RECORDS,
-        vram_bytes=64 * GIB,
-        default_num_ctx=4096,
+        vram_bytes=VRAM_BYTES,
+        max_loaded_models=8,
         num_parallel=options.slots,
         time_scale=options.time_scale,
     )
@@ -61,7 +67,7 @@ def main() -> None:
     parser.add_argument("--agent-port", type=int, default=0, help="0: no agent")
     parser.add_argument("--models", required=True)
     parser.add_argument("--slots", type=int, default=1)
-    # A token takes 4 ms, so that answers last long enough to be hit by a fault, and a pull of a GiB 20 ms.
+    # A token takes 4 ms, so that answers last long enough to be hit by a fault, and a load 5 ms.
     parser.add_argument("--time-scale", type=float, default=0.2)
     asyncio.run(_run(parser.parse_args()))
 
