@@ -202,15 +202,19 @@ class Arena:
             except TimeoutError:
                 left = [r.path for r in node.received if r.finished_s is None]
                 wrong.append(f"{node.host_port} still works on {left}")
-        async with Client(self._port) as client, asyncio.timeout(LIMIT_S):
-            while left := await self._in_flight(client):
-                if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                    wrong.append(f"still in flight: {left}")
-                    break
-                await asyncio.sleep(0.01)
+        left = ["all"]
+        try:
+            async with asyncio.timeout(LIMIT_S), Client(self._port) as client:
+                while left := await self._in_flight(client):
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            wrong.append(f"still in flight: {left}")
         return wrong
 
     async def _in_flight(self, client: Client) -> list[str]:
         status = orjson.loads((await client.ask("GET", "/sollol/status")).body)
-        busy = [f"{node['name']}: {node['in_flight']}" for node in status["nodes"] if node["in_flight"]]
-        return busy + [f"queued: {each['model']}" for each in status["queue"]]
+        left = [f"{node['name']}: {node['in_flight']}" for node in status["nodes"] if node["in_flight"]]
+        left += [f"queued: {each['model']}" for each in status["queue"]]
+        metrics = (await client.ask("GET", "/metrics")).body.decode()
+        open_ = float(metrics.partition("\nsollol_requests_open ")[2].partition("\n")[0])
+        return left + ([f"{open_ - 1:g} requests are open"] if open_ > 1 else [])  # this one is
