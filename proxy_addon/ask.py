@@ -119,6 +119,7 @@ def parse(endpoint: Endpoint, path: str, headers: Mapping[str, str], content: by
             413, f"a request body of {endpoint.path} is at most {ORDER_LIMIT_BYTES >> 20} MiB long"
         )
     body = ask.body = _json(endpoint, headers, content)
+    _one_reading(body)
     ask.stream = _typed(body, "stream", bool, endpoint.stream_default)
     if endpoint.path == "/api/copy":
         return _name(ask, _typed(body, "source", str, ""), "source")
@@ -154,6 +155,17 @@ def _json(endpoint: Endpoint, headers: Mapping[str, str], content: bytes) -> dic
     if not isinstance(body, dict):
         raise BadRequest(400, "the request body must be a JSON object")
     return body
+
+
+#: Fields by which a request is placed. Ollama, as all of Go, takes them in any case, and the last one counts.
+_DECISIVE = frozenset(("model", "name", "source", "stream", "options", "keep_alive", "messages", "prompt"))
+
+
+def _one_reading(body: Mapping[str, Any]) -> None:
+    """Refuse a body in which a node would find another model or prompt than we do."""
+    for name in body.keys() - _DECISIVE:
+        if (meant := name.casefold()) in _DECISIVE:
+            raise BadRequest(400, f"the field {meant} must be written in lower case, not {name}")
 
 
 def _unzstd(content: bytes) -> bytes:

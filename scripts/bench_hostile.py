@@ -108,7 +108,7 @@ def table() -> tuple[Attack, ...]:
         Attack("smuggling and broken heads", 8, sent(*quick)),
         Attack("slow heads", 1000, behaviours.slow_head),
         Attack("slow bodies", 1000, behaviours.half_a_body),
-        Attack("10,000 idle connections", 10_000, idle),
+        Attack("10,000 idle connections", 10_000, idle, pause_s=10),
         Attack("giant heads", 8, sent(*(a.sent for a in heads.GIANTS))),
         Attack("JSON nested 100,000 deep", 8, sent(*deep)),
         Attack("20 MB of empty lists", 2, sent(dense + close)),

@@ -49,6 +49,12 @@ BODIES = (
     Attack("a second object behind the first", sized(BODY + BODY) + LAST, (400, 200)),
     Attack("NUL behind the object", sized(BODY + b"\x00") + LAST, (400, 200)),
     Attack("a comment", sized(b"/* x */" + BODY) + LAST, (400, 200)),
+    Attack("a second model in capitals", sized(BODY[:-1] + b',"MODEL":"other"}') + LAST, (400, 200)),
+    Attack(
+        "a second model with a long s",
+        sized(BODY[:-1] + ',"me\u017f\u017fage\u017f":[]}'.encode()) + LAST,
+        (400, 200),
+    ),
     Attack("a list for an object", sized(b"[1]") + LAST, (400, 200)),
     Attack("a model that is a path", sized(_spoken(b'"../../etc/passwd"')) + LAST, (400, 200)),
     Attack("a model of a megabyte", sized(_spoken(b'"' + b"a" * MIB + b'"')) + LAST, (400, 200)),
