@@ -49,6 +49,10 @@ class Row(BaseModel):
     service_s: Seconds | None = Field(None, description="of that prefill and decode alone")
     loads: bool = Field(False, description="it is expected to load its model")
     evicts: Annotated[tuple[Name, ...], Field(max_length=64)] = Field((), description="what that drives out")
+    waits: Annotated[int, Field(ge=1, le=10)] | None = Field(
+        None,
+        description="no request but a line for the model at the proxy: the highest priority that waits",
+    )
     need_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = Field(0, description="of memory that that takes")
 
     def aged(self, by_s: float) -> Row:
@@ -168,7 +172,9 @@ class Shares:
 
     def total(self) -> int | None:
         """Requests of all proxies together, None if none is connected."""
-        return sum(len(member.rows) for member in self._members.values()) if self._members else None
+        if not self._members:
+            return None
+        return sum(row.waits is None for member in self._members.values() for _, row in member.rows.values())
 
     def _others(self, member: Member) -> Iterator[Member]:
         return (other for other in self._members.values() if other is not member)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from proxy_addon.admission import limits
+from proxy_addon.admission.courtesy import Courtesy
 from proxy_addon.admission.line import Line
 from proxy_addon.admission.passing import Decide, Pass, where
 from proxy_addon.admission.waiter import Kind, Standing, Waiter
@@ -51,6 +52,8 @@ class Admission:
         self._kinds: Counter[Kind] = Counter()
         self._pass_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._courtesy = Courtesy(fleet.waits_elsewhere)
+        fleet.on_seen.append(lambda ask: self._courtesy.seen(ask.key))
         fleet.on_freed.append(self.wake)
         fleet.on_news.append(lambda _node: self.wake())
         fleet.on_lost.append(lambda _node, _reason: self.wake())
@@ -66,9 +69,11 @@ class Admission:
             return decision
         if waiter.tag is None:
             waiter.cost_s = decision.service_s or NO_ESTIMATE_S
-        if ready and not len(self.line):
-            self.line.pass_by(waiter, self._now())
+        now_s = self._now()
+        if ready and not len(self.line) and self._leaves_until_s(waiter, now_s) is None:
+            self.line.pass_by(waiter, now_s)
             self._start(waiter, decision)
+            self._courtesy.started(waiter.ask.key)
             return decision
         if self.closing:
             raise limits.ending()
@@ -117,7 +122,7 @@ class Admission:
         answer = waiter.answer = loop.create_future()
         waiter.joined_s = now_s
         self.line.add(waiter, now_s)
-        self._kinds[waiter.kind] += 1
+        self._count(waiter, 1)
         if waiter.position is None:
             count, work_s = self.line.before(waiter)
             waiter.position, waiter.expected_wait_s = count + 1, self._wait_s(work_s)
@@ -150,21 +155,39 @@ class Admission:
         if waiter.joined_s is None:
             return
         waiter.left(now_s)
-        self._kinds[waiter.kind] -= 1
+        self._count(waiter, -1)
+
+    def _leaves_until_s(self, waiter: Waiter, now_s: float) -> float | None:
+        """Until when ``waiter`` leaves its slot to those who wait in another proxy's line; None: it goes."""
+        return self._courtesy.until_s(waiter.ask.key, waiter.priority, now_s)
+
+    def _count(self, waiter: Waiter, by: int) -> None:
+        """Keep count of who waits, and let other proxies know."""
+        self._kinds[waiter.kind] += by
         if not self._kinds[waiter.kind]:
             del self._kinds[waiter.kind]
+        line: dict[str, int] = {}
+        for key, _, priority in self._kinds:
+            line[key] = max(priority, line.get(key, 0))
+        self.fleet.waits(line)
 
     def _go(self, waiter: Waiter, decision: Decision, now_s: float) -> None:
         self.line.start(waiter, now_s)
         self._left(waiter, now_s)
         self._start(waiter, decision)
+        self._courtesy.started(waiter.ask.key)
         waiter.tell(decision)
 
     def _pass(self) -> None:
         self._pass_due = False
         current = Pass(self.fleet, self._decide, self.settings.ahead_s, now_s := self._now())
         current.go_through(self.line.order(now_s), self._kinds.keys())
+        due_s = current.due_s
         for waiter, decision in current.chosen:
+            left_until_s = self._leaves_until_s(waiter, now_s)
+            if left_until_s is not None:
+                due_s = min(due_s, left_until_s)
+                continue
             try:
                 self._go(waiter, decision, now_s)
             except Exception as error:  # noqa: BLE001 - told to whoever asked; the others go on
@@ -173,7 +196,7 @@ class Admission:
             self.withdraw(waiter, nobody)
         for waiter, fault in current.failed:
             self.withdraw(waiter, fault)
-        self._wake_at(min([current.due_s, *self._changes(now_s)]), now_s)
+        self._wake_at(min([due_s, *self._changes(now_s)]), now_s)
 
     def _wake_at(self, due_s: float, now_s: float) -> None:
         """Look again at ``due_s``, in case no event tells that what was expected has happened."""

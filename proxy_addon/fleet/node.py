@@ -291,6 +291,9 @@ class Fleet:
     #: called with a node that reported, came (back), or has other models than before, on disk or in memory
     on_freed: list[Callable[[], None]] = field(default_factory=list)
     #: called when a request was taken off a node: somebody else may have its slot
+    line: dict[str, int] = field(default_factory=dict)  #: model → highest priority that waits in our line
+    lines: dict[str, tuple[str, int]] = field(default_factory=dict)  #: of other proxies: model, priority
+    on_line: list[Callable[[], None]] = field(default_factory=list)  #: called when ``line`` has changed
     on_seen: list[Callable[[Ask], None]] = field(default_factory=list)
     #: called with what another proxy was asked, once it is on a node
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -350,6 +353,19 @@ class Fleet:
     def _freed(self) -> None:
         for callback in self.on_freed:
             callback()
+
+    def waits(self, line: dict[str, int]) -> None:
+        """Let other proxies know for which models some wait here, and how urgently."""
+        if line != self.line:
+            self.line = line
+            for callback in self.on_line:
+                callback()
+
+    def waits_elsewhere(self, key: str) -> int | None:
+        """The highest priority that waits for the model ``key`` at another proxy; None: nobody does."""
+        if not self.lines:
+            return None
+        return max((priority for model, priority in self.lines.values() if model == key), default=None)
 
     def seen(self, ask: Ask) -> None:
         """Tell whoever counts what is asked for that another proxy was asked."""

@@ -36,6 +36,7 @@ WHY = {
     403: "from another machine that takes its token: set the same agent_token here and there",
     503: "too many proxies share it already",
 }
+LINE = "line "  #: begins the id of a row that tells of a line; others are numbers
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]")
 
 
@@ -94,8 +95,10 @@ def flight_of(node: Node, row: Row, now_s: float) -> Flight | None:
 class Told:
     """What of a node's own flights has changed since it was told last."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, fleet: Fleet) -> None:
         self._node = node
+        self._fleet = fleet
+        self._line: dict[str, int] = {}  # as it was told
         self._ids: dict[Flight, str] = {}  # of those that were told
         self._changed: dict[Flight, None] = dict.fromkeys(f for f in node.flights if not f.foreign)
         self._last = 0
@@ -118,7 +121,19 @@ class Told:
                 del self._ids[flight]
                 patch[id_] = None
         self._changed.clear()
+        patch.update(self._line_patch())
         return patch
+
+    def _line_patch(self) -> Patch:
+        """What has changed of the line before the fleet, as far as it is for models that this node has."""
+        line = {key: priority for key, priority in self._fleet.line.items() if key in self._node.models}
+        before, self._line = self._line, line
+        gone: Patch = {f"{LINE}{key}": None for key in before.keys() - line.keys()}
+        return gone | {
+            f"{LINE}{key}": Row.model_construct(path="", model=key, waits=priority)
+            for key, priority in line.items()
+            if before.get(key) != priority
+        }
 
 
 def hear(node: Node, fleet: Fleet, news: News, now_s: float) -> None:
@@ -127,6 +142,9 @@ def hear(node: Node, fleet: Fleet, news: News, now_s: float) -> None:
         known = node.foreign.get(id_)
         if row is None:
             node.miss(id_, now_s)
+            fleet.lines.pop(f"{node.name} {id_}", None)
+        elif row.waits is not None:
+            fleet.lines[f"{node.name} {id_}"] = row.model, row.waits
         elif known is None:
             flight = flight_of(node, row, now_s)
             if flight is not None:
@@ -188,7 +206,7 @@ class Share:
 
     async def _share(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         node, now = self._node, asyncio.get_running_loop().time
-        told, changed, company = Told(node), asyncio.Event(), asyncio.Event()
+        told, changed, company = Told(node, self._fleet), asyncio.Event(), asyncio.Event()
         changed.set()
 
         def note(flight: Flight) -> None:
@@ -196,6 +214,7 @@ class Share:
             changed.set()
 
         node.on_flight = note
+        self._fleet.on_line.append(changed.set)
         teller = asyncio.create_task(_tell(socket, told, changed, company), name=f"tell of {node.name}")
         try:
             async for message in socket:
@@ -206,6 +225,9 @@ class Share:
         finally:
             teller.cancel()
             node.on_flight = None
+            self._fleet.on_line.remove(changed.set)
+            for id_ in [id_ for id_ in self._fleet.lines if id_.startswith(f"{node.name} ")]:
+                del self._fleet.lines[id_]
             for id_ in list(node.foreign):
                 node.miss(id_, now())
 

@@ -93,6 +93,15 @@ async def test_each_hears_of_the_others_and_never_of_itself(house: Open) -> None
     assert await here.total() == 2
 
 
+async def test_a_line_is_heard_of_and_is_no_request(house: Open) -> None:
+    here = await house()
+    one, two = await here.join("one"), await here.join("two")
+    await one.tell(a=CHAT, **{"line m": {"path": "", "model": "m:latest", "waits": 7}})
+    await two.hear(lambda p: len(p.rows) == 2)
+    assert two.rows["one line m"]["waits"] == 7
+    assert await here.total() == 1
+
+
 async def test_a_share_ends_with_its_connection(house: Open) -> None:
     here = await house()
     one, two = await here.join("one"), await here.join("two")

@@ -158,6 +158,26 @@ async def test_who_finds_all_slots_taken_by_the_other_proxy_waits_for_the_first_
         await asyncio.gather(*taken)
 
 
+async def test_a_long_line_at_one_proxy_does_not_keep_the_other_one_s_clients_waiting(tmp_path: Path) -> None:
+    async with site(tmp_path, alike=True) as here:
+        for node in here.nodes:
+            node.hold_tokens()
+        batch = [here.ask(0, prompt(f"batch{number}", 4)) for number in range(24)]
+        async with asyncio.timeout(30):
+            while (await here.status(0))["queue_depth"] < 22:
+                await asyncio.sleep(0.02)
+            user = here.ask(1, prompt("user", 4))
+            while not (await here.status(1))["queue_depth"]:
+                await asyncio.sleep(0.02)
+        for node in here.nodes:
+            node.go_on()
+        check_stream((await user).text, prompt("user", 4))
+        assert not all(task.done() for task in batch)
+        assert (await here.status(0))["queue_depth"] > 5  # those who came long before it
+        for heard in await asyncio.gather(*batch):
+            assert heard.status == 200
+
+
 async def test_a_proxy_that_is_killed_loses_only_the_streams_that_it_carried(tmp_path: Path) -> None:
     async with site(tmp_path, parallel=16) as here, nginx(tmp_path, here.proxies) as url:
         prompts = [prompt(f"s{number}", 500) for number in range(12)]

@@ -168,11 +168,28 @@ def test_a_row_says_all_that_a_decision_reads_of_a_flight() -> None:
     assert flight_of(here, row(path="/api/of-a-later-version"), NOW_S) is None
 
 
+def test_a_line_is_told_to_nodes_that_have_its_model() -> None:
+    fleet = Fleet()
+    here, other = node(fleet, 1), node(fleet, 2, models={"other": models_row()})
+    told, apart = Told(here, fleet), Told(other, fleet)
+    fleet.waits({"m": 7})
+    (row,) = told.patch(0.0).values()
+    assert row is not None and (row.model, row.waits) == ("m", 7)
+    assert apart.patch(0.0) == {} == told.patch(0.0)
+    heard(fleet, 1, **{"line m": row})
+    assert fleet.waits_elsewhere("m") == 7 and fleet.waits_elsewhere("other") is None
+    assert not here.flights
+    fleet.waits({})
+    assert list(told.patch(0.0).values()) == [None]
+    heard(fleet, 1, **{"line m": None})
+    assert fleet.waits_elsewhere("m") is None
+
+
 def test_only_what_has_changed_is_told() -> None:
     here = Node("10.0.0.1", 11434)
     asked = Ask(CHAT, key="m:latest")
     before = here.take(asked, 0.0, 1.0)
-    told = Told(here)
+    told = Told(here, Fleet())
     here.on_flight = told.changed
     assert next(iter(told.patch(0.0).values())) is not None
     assert told.patch(0.0) == {}
