@@ -6,7 +6,7 @@ import asyncio
 import sys
 from itertools import pairwise
 from math import inf
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
@@ -18,12 +18,13 @@ from tests.soak.ledger import GRACE_S, Ledger
 from tests.soak.measure import Measure, grown
 from tests.soak.outcome import LIMIT_S, Outcome, Retry
 from tests.soak.processes import ROOT
-from tests.soak.schedule import Event, schedule
+from tests.soak.schedule import Event, Kind, schedule
 from tests.soak.shapes import SHAPES, Reading
 
 A, B = "127.0.0.1:1", "127.0.0.1:2"
 NOW = 1000.0
-CI = ("--minutes", "0.7", "--clients", "16", "--seed", "5")
+CI_MINUTES, CI_SEED = 0.7, "42"
+CI = ("--minutes", str(CI_MINUTES), "--clients", "16", "--seed", CI_SEED)
 #: The short soak: a minute of warm-up, rests and calm beside its own, and what slow machines add.
 CI_LIMIT_S = 420.0
 
@@ -146,7 +147,7 @@ def test_the_schedule_is_a_function_of_the_seed() -> None:
 def test_every_kind_of_fault_comes_and_ends_in_time(seed: int) -> None:
     events = schedule(str(seed), 900.0, renewals=True)
     kinds = {event.kind for event in events}
-    assert kinds == {"kill", "stop", "pull", "create", "delete", "reload", "restart", "upgrade"}
+    assert kinds == set(get_args(Kind))
     assert all(event.at_s >= 0 and event.at_s + event.for_s <= 900.0 for event in events)
     assert events == sorted(events)
     assert [e for e in events if e.kind == "reload"][-1].variant != "without"
@@ -264,6 +265,14 @@ def test_each_leak_is_seen(changes: dict[str, int], what: str) -> None:
 
 
 # the soak itself
+
+
+def test_the_short_soak_has_every_kind_of_fault() -> None:
+    half_s = CI_MINUTES * 60 / 2
+    first = schedule(f"{CI_SEED}/1", half_s, renewals=True)
+    second = schedule(f"{CI_SEED}/2", half_s, renewals=False)
+    assert {event.kind for event in first + second} == set(get_args(Kind))
+    assert {"kill", "stop"} <= {event.kind for event in second}
 
 
 @pytest.mark.timeout(CI_LIMIT_S + 30)
