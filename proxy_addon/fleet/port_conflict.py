@@ -50,8 +50,8 @@ def _held(host: str, port: int) -> str:
     match _holder(host, port):
         case "sollol":
             return (
-                "another SOLLOL holds the port; use that one, take over from it (as its user, with its --state-dir),"
-                f" or listen elsewhere ({elsewhere})"
+                "another SOLLOL holds the port; use that one, take over from it (as its user, with its"
+                f" --state-dir), or listen elsewhere ({elsewhere})"
             )
         case "ollama":
             return (

@@ -230,7 +230,8 @@ class Crew:
         Offer(self.settings.state_dir, self.sockets, self._kept, self._leave).open()
 
     async def _kept(self) -> None:
-        """Workers write what they have learned as they go."""
+        """Have the workers write what they have learned: they are done before a successor's have started."""
+        self._say({"do": "keep"})
 
     def _go(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work, name="worker")

@@ -58,6 +58,8 @@ async def _obey(life: Life, line: socket.socket) -> None:
                 sollol.reconfigure(unpacked(settings))
             case {"do": "told", "outcome": outcome}:
                 sollol.reloader.tell(Outcome(**outcome))
+            case {"do": "keep"}:
+                life.go(sollol.keep())
             case {"do": "drain", "succeeded": succeeded}:
                 life.drain(succeeded=succeeded)
             case {"do": "end"}:
