@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from mitmproxy import http
 from mitmproxy.connection import Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from proxy_addon import defects, record, wire
+from proxy_addon.deadlines import Deadlines
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import Handling
 from proxy_addon.fleet.node import Node
@@ -56,7 +58,7 @@ class Timeouts:
         self.dispatch = dispatch
         self.limits = limits
         self._connecting: dict[str, asyncio.TimerHandle] = {}  # by id of the server connection
-        self._timers: dict[str, asyncio.TimerHandle] = {}  # by id of the flow
+        self._due = Deadlines()  # by id of the flow
         dispatch.fleet.on_lost.append(self._node_lost)
 
     def reconfigure(self, settings: Settings) -> None:
@@ -108,28 +110,27 @@ class Timeouts:
 
     def _arm_first_byte(self, flow: http.HTTPFlow) -> None:
         rec = record.of(flow)
-        self._disarm(flow)
-        if rec is None or not rec.placed or rec.endpoint is None:
-            return
-        if rec.endpoint.handling in UNLIMITED:
+        if rec is None or not rec.placed or rec.endpoint is None or rec.endpoint.handling in UNLIMITED:
+            self._disarm(flow)
             return
         limit_s = first_byte_limit_s(self._limits(rec), rec)
-        self._arm(flow, limit_s, self._first_byte_due, f"no answer within {limit_s:g} s")
+        self._arm(flow, limit_s, self._first_byte_due, limit_s)
 
-    def _first_byte_due(self, flow: http.HTTPFlow, reason: str) -> None:
+    def _first_byte_due(self, flow: http.HTTPFlow, limit_s: float) -> None:
         rec = record.of(flow)
         if rec is not None and rec.first_byte_s is None:
-            self.abort(flow, reason)
+            self.abort(flow, f"no answer within {limit_s:g} s")
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The answer has begun: from now on only silence counts, the node's or the client's."""
         rec = record.of(flow)
-        self._disarm(flow)
         if rec is not None and rec.placed and flow.live:
             rec.last_byte_s = self.dispatch.now()
-            self._arm(flow, self._limits(rec).idle_s, self._idle, "")
+            self._arm(flow, self._limits(rec).idle_s, self._idle)
+        else:
+            self._disarm(flow)
 
-    def _idle(self, flow: http.HTTPFlow, _: str) -> None:
+    def _idle(self, flow: http.HTTPFlow) -> None:
         rec = record.of(flow)
         if rec is None:
             return
@@ -142,7 +143,7 @@ class Timeouts:
         elif silent_s >= limit_s:
             self.abort(flow, f"nothing came for {silent_s:.0f} s")
         else:
-            self._arm(flow, limit_s - silent_s, self._idle, "")
+            self._arm(flow, limit_s - silent_s, self._idle)
 
     def response(self, flow: http.HTTPFlow) -> None:
         """Over, well."""
@@ -156,15 +157,13 @@ class Timeouts:
         """Over, and it could not be said."""
         self._disarm(flow)
 
-    def _arm(
-        self, flow: http.HTTPFlow, delay_s: float, due: Callable[[http.HTTPFlow, str], None], reason: str
+    def _arm[*Args](
+        self, flow: http.HTTPFlow, delay_s: float, due: Callable[[http.HTTPFlow, *Args], None], *args: *Args
     ) -> None:
-        self._timers[flow.id] = asyncio.get_running_loop().call_later(delay_s, _due, due, flow, reason)
+        self._due.set(flow.id, delay_s, partial(_due, due, flow, *args))
 
     def _disarm(self, flow: http.HTTPFlow) -> None:
-        timer = self._timers.pop(flow.id, None)
-        if timer is not None:
-            timer.cancel()
+        self._due.clear(flow.id)
 
     # -- ending an attempt ----------------------------------------------------------------------------
 
@@ -179,12 +178,10 @@ class Timeouts:
             if rec is None:
                 continue
             if rec.first_byte_s is not None:
-                self._disarm(flow)
-                self._idle(flow, "")
+                self._idle(flow)
             elif self.dispatch.elsewhere(rec, node, reason):
                 self.abort(flow, reason)
             elif rec.endpoint is not None and rec.endpoint.handling in UNLIMITED:
-                self._disarm(flow)
                 self._arm(flow, LOST_SILENT_S, self._still_lost, f"{reason}, and nothing came since")
 
     def _still_lost(self, flow: http.HTTPFlow, reason: str) -> None:
@@ -216,10 +213,10 @@ class Timeouts:
         return True
 
 
-def _due(due: Callable[[http.HTTPFlow, str], None], flow: http.HTTPFlow, reason: str) -> None:
+def _due[*Args](due: Callable[[http.HTTPFlow, *Args], None], flow: http.HTTPFlow, *args: *Args) -> None:
     """A limit is reached. Where what is to be done fails itself, the attempt is not left without a limit."""
     try:
-        due(flow, reason)
+        due(flow, *args)
     except Exception as defect:  # noqa: BLE001 - the outermost boundary of a timer
         rec = record.of(flow)
         defects.report(defect, "timer", rec.id if rec is not None else "")

@@ -54,7 +54,7 @@ class ClientConnection(asyncio.Protocol):
         self._follower: Follower | None = None  # of the body under way, until it has ended
         self._take: Callable[[bytes], None] | None = None  # what reads it
         self._body: asyncio.Future[None] | None = None  # done at its end
-        self._timer: asyncio.TimerHandle | None = None
+        self._awaits_body = False  # and has a limit for its next piece
 
     # -- what the loop calls --------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class ClientConnection(asyncio.Protocol):
     def refuse(self, status: int, sentence: str) -> None:
         """Answer what never became a request, and close."""
         answer = errors.response("native", status, sentence)
-        self.write(answer_bytes(answer, chunked=False, close=True) + (answer.raw_content or b""))
+        self.write(answer_bytes(answer, close=True) + (answer.raw_content or b""))
         self._buffer = b""
         self.close()
 
@@ -210,10 +210,12 @@ class ClientConnection(asyncio.Protocol):
                 if self.left:
                     raise ClientLeft
                 self._arm(self.front.settings.timeouts.body_s, self._body_too_slow)
+                self._awaits_body = True
                 self.resume()
             await self._body
         finally:
             self._take = self._body = None
+            self._awaits_body = False
 
     async def discard(self) -> bool:
         """Read the rest of the body away; whether it has ended, so that the connection can be kept."""
@@ -251,9 +253,10 @@ class ClientConnection(asyncio.Protocol):
         else:
             if follower.ended:
                 self._follower, self._take, self._buffer = None, None, follower.rest
-                self._disarm()
+                if self._awaits_body:
+                    self._disarm()
                 body.set_result(None)
-            elif self._timer is not None:
+            elif self._awaits_body:
                 self._arm(self.front.settings.timeouts.body_s, self._body_too_slow)
 
     # -- answers --------------------------------------------------------------------------------------
@@ -313,13 +316,10 @@ class ClientConnection(asyncio.Protocol):
         self._arm(self.front.idle_limit_s, self.close)
 
     def _arm(self, delay_s: float, due: Callable[[], None]) -> None:
-        self._disarm()
-        self._timer = asyncio.get_running_loop().call_later(delay_s, due)
+        self.front.deadlines.set(self, delay_s, due)
 
     def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.front.deadlines.clear(self)
 
     def _too_slow(self) -> None:
         self.refuse(408, f"no whole request within {self.front.settings.timeouts.head_s:g} s")

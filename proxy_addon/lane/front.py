@@ -16,6 +16,7 @@ from mitmproxy.connection import Client, ConnectionState
 from mitmproxy.proxy import mode_specs
 from mitmproxy.proxy.mode_servers import ServerInstance
 
+from proxy_addon.deadlines import Deadlines
 from proxy_addon.lane.client import ClientConnection
 from proxy_addon.lane.exchange import Exchange
 from proxy_addon.lane.head import RequestHead
@@ -71,6 +72,7 @@ class Front:
         self._pool = pool
         self._settings = settings
         self._open: set[ClientConnection] = set()
+        self.deadlines = Deadlines()
         self._idle: dict[ClientConnection, None] = {}  # in the order in which they became so
         self._on_closed: Callable[[], None] = lambda: None
         self._drain_idle_s: float | None = None

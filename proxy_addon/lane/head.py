@@ -14,6 +14,7 @@ from mitmproxy import http
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.validate import validate_headers
 
+from proxy_addon.heads import first
 from proxy_addon.lane.framing import Chunked, Follower, Length, UntilClose
 
 END = b"\r\n\r\n"
@@ -173,12 +174,19 @@ def request_bytes(request: http.Request, length: int | None) -> bytes:
     return b"%b %b HTTP/1.1\r\n%b%b\r\n" % (data.method, data.path, _passed_on(data.headers.fields), framing)
 
 
-def answer_bytes(response: http.Response, *, chunked: bool, close: bool) -> bytes:
-    """The head of ``response`` for the client, with its framing and the fate of the connection."""
+def answer_bytes(
+    response: http.Response, *, close: bool, chunked: bool = False, length: int | None = None
+) -> bytes:
+    """The head of ``response`` for the client, with its framing and the fate of the connection.
+
+    ``length`` is the body's; None leaves what the head announces.
+    """
     data = response.data
-    framing = b"transfer-encoding: chunked\r\n" if chunked else b""
-    if not chunked and (length := data.headers.get("content-length")) is not None:
-        framing = b"content-length: %b\r\n" % length.encode()
+    if chunked:
+        framing = b"transfer-encoding: chunked\r\n"
+    else:
+        announced = first(data.headers, b"content-length") if length is None else str(length)
+        framing = b"content-length: %b\r\n" % announced.encode() if announced else b""
     if close:
         framing += b"connection: close\r\n"
     fields = _passed_on(data.headers.fields)

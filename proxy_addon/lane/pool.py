@@ -8,7 +8,7 @@ from mitmproxy.connection import Server
 
 from proxy_addon.lane.upstream import Upstream
 
-IDLE_MAX = 64  #: kept per node: more are rarely used again before they are closed
+IDLE_MAX = 1024  #: kept per node: as many as a busy proxy has under way there
 IDLE_S = 60.0  #: a connection that was not used for so long is closed
 
 Address = tuple[str, int]

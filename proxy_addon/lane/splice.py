@@ -51,8 +51,13 @@ class Splice:
         """Pass on what has come; a defect on the way is :meth:`run`'s to raise."""
         try:
             raw = self._raw
-            plain = self._between and not self._held and raw is not None
-            if plain and raw.whole(data) == len(data) and self._tee.passes(data):
+            if (
+                raw is not None
+                and self._between
+                and not self._held
+                and raw.whole(data) == len(data)
+                and self._tee.passes(data)
+            ):
                 self._write(data)
             else:
                 self._pass(data)
