@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import count
+from secrets import token_hex
 from time import time
 
 from mitmproxy import flow as mitm_flow
 from mitmproxy import hooks, http
-from mitmproxy.connection import Server
+from mitmproxy.connection import Client, Server
 from mitmproxy.proxy.layers.http import (
     HttpErrorHook,
     HttpRequestHeadersHook,
@@ -29,6 +31,7 @@ from mitmproxy.proxy.server_hooks import (
 )
 
 from proxy_addon import defects, errors, record, relay
+from proxy_addon.heads import first
 from proxy_addon.http_stream import (
     CONNECT_CANCELLED,
     Failure,
@@ -55,10 +58,23 @@ NOWHERE = Server(address=None)  #: of a request that has not been given a node y
 class LaneFlow(http.HTTPFlow):
     """A flow that an exchange carries."""
 
-    exchange: Exchange
+    def __init__(self, client_conn: Client, exchange: Exchange) -> None:
+        # All that the parent's does, but for its id: a UUID costs a call to the kernel.
+        self.id = f"{_PROCESS}-{next(_NUMBERS)}"
+        self.client_conn, self.server_conn = client_conn, NOWHERE
+        self.live = True
+        self.timestamp_created = time()
+        self.intercepted = False
+        self._resume_event = self._backup = None
+        self.marked = self.comment = ""
+        self.is_replay = None
+        self.metadata = {}
+        self.exchange = exchange
 
 
 LaneFlow.type = "http"  # which mitmproxy derives from the name of the class
+_NUMBERS = count(1)
+_PROCESS = token_hex(8)
 
 
 class Exchange:
@@ -73,9 +89,8 @@ class Exchange:
         connect_limit_s: Callable[[], float],
     ) -> None:
         self.client = client
-        self.flow = flow = LaneFlow(client.client, NOWHERE, live=True)
-        flow.request = head.request
-        flow.exchange = self
+        self.flow = LaneFlow(client.client, self)
+        self.flow.request = head.request
         self._head = head
         self._addons = addons
         self._pool = pool
@@ -136,7 +151,15 @@ class Exchange:
             if self._keep and self.client.is_sending:
                 # Who waits for a 100 Continue may or may not send its body now; nobody could tell which.
                 self._keep = not self._head.expects_continue and await self.client.discard()
+            self._forget_body()
             self.client.finished(keep=self._keep)
+
+    def _forget_body(self) -> None:
+        """Flow and exchange refer to each other: megabytes would stay until the collector's next round."""
+        rec = record.of(self.flow)
+        self.flow.request.data.content = None
+        if rec is not None and rec.ask is not None:
+            rec.ask.body = {}
 
     async def _request(self) -> None:
         flow, request = self.flow, self.flow.request
@@ -339,7 +362,7 @@ class Exchange:
             return False  # the answer to a HEAD, a 204: its fields speak of another body
         if isinstance(upstream.follower, UntilClose):
             response.headers["transfer-encoding"] = "chunked"
-        return "transfer-encoding" in response.headers
+        return first(response.headers, b"transfer-encoding") != ""
 
     async def _cut(self, reason: str) -> None:
         """The answer has broken off: end it in its own protocol, or else with its connection."""
@@ -403,10 +426,8 @@ class Exchange:
     def _write_whole(self, response: http.Response) -> None:
         content = response.raw_content or b""
         bare = self.flow.request.method == "HEAD" or response.status_code in (204, 304)
-        if not bare:
-            response.headers["content-length"] = str(len(content))
         self._begun = True
-        begin = answer_bytes(response, chunked=False, close=self._closes())
+        begin = answer_bytes(response, close=self._closes(), length=None if bare else len(content))
         self.client.write(begin if bare else begin + content)
 
     async def _serve(self, stream: record.Stream) -> None:
