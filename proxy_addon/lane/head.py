@@ -21,8 +21,9 @@ END = b"\r\n\r\n"
 
 _REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21-\x7e]*) HTTP/1\.1\r\n")
 _STATUS_LINE = re.compile(rb"(HTTP/1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n")
-#: A field value is visible text, spaces and tabs, and bytes beyond ASCII (RFC 9110 §5.5).
-_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+#: All fields and the empty line behind them. A value is visible text, spaces and tabs, and bytes beyond ASCII
+#: (RFC 9110 §5.5).
+_FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n\Z")
 _NUMBER = re.compile(rb"(?:0|[1-9][0-9]{0,17})\Z")
 
 #: Of one connection, not of the message (RFC 9110 §7.6.1), and of a framing that is made anew.
@@ -103,22 +104,20 @@ _ONCE = frozenset((b"transfer-encoding", b"content-length", b"host", b"expect", 
 
 def _fields(head: bytes, at: int) -> tuple[Fields, dict[bytes, bytes]] | None:
     """The fields from ``at`` on, and those of :data:`_ONCE` by lower-case name; None if not plain."""
+    if not _FIELDS.match(head, at):
+        return None
     fields: list[tuple[bytes, bytes]] = []
     special: dict[bytes, bytes] = {}
-    last = len(head) - 2
-    while at < last:
-        field = _FIELD.match(head, at)
-        if field is None:
-            return None
-        name, value = field[1], field[2].rstrip(b" \t")
+    for line in head[at:-4].split(b"\r\n") if at < len(head) - 2 else ():
+        name, _, value = line.partition(b":")
+        value = value.strip(b" \t")
         fields.append((name, value))
         lower = name.lower()
         if lower in _ONCE:
             if lower in special:
                 return None
             special[lower] = value
-        at = field.end()
-    return (tuple(fields), special) if at == last else None
+    return tuple(fields), special
 
 
 def read_answer(head: bytes, method: str) -> AnswerHead:
