@@ -345,9 +345,9 @@ class FleetStream(HttpStream):
         if response.status_code >= 400:
             return Failure(self.flow, "status", response.get_text(strict=False) or "", response.status_code)
         verdict, detail = relay.judge(self.flow, response.raw_content or b"", ended=True)
-        if verdict in ("wait", "release"):
-            return None
-        return Failure(self.flow, verdict, detail, status=500)
+        if verdict == "first_line" or verdict == "empty":
+            return Failure(self.flow, verdict, detail, status=500)
+        return None
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> Commands:
         """A node that dies: try another, or end the answer so that the client can tell."""
