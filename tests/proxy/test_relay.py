@@ -126,6 +126,11 @@ def test_a_clean_end_without_the_final_object_is_told(
         ("sse", b'data: {"a":1}\n', False, "wait"),
         ("whole", b'{"a":1', False, "wait"),
         ("whole", b'{"a":1}', True, "release"),
+        ("whole", b'{"a":1} \r\n', True, "release"),
+        ("whole", b'{"a":1', True, "empty"),
+        ("whole", b"", True, "empty"),
+        ("sse", b'data: {"model":"","choices":[]}\n\n', False, "empty"),
+        ("sse", b'data: {"model":"m","choices":[]}\n\n', False, "release"),
         ("opaque", b"x", False, "release"),
     ],
 )
