@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from proxy_addon.admission.line import Item, Line
 from proxy_addon.reload import changed, told, with_fixed
 from proxy_addon.settings import Settings
 from tests.fakes.fixtures import NodeFactory
@@ -48,6 +49,15 @@ def test_what_has_changed_is_named_and_what_cannot_change_stays() -> None:
     assert result == "applied"
     assert said == "settings read, changed: nodes; listen, workers cannot change before a restart"
     assert told([], []) == ("unchanged", "settings read, nothing has changed")
+
+
+def test_who_waits_is_not_overtaken_for_another_ageing() -> None:
+    line: Line[Item] = Line(30)
+    first, second = (Item(client=name, arrived_s=at_s) for name, at_s in (("a", 1e6), ("b", 1e6 + 1)))
+    line.add(first, first.arrived_s)
+    line.reage(60)
+    line.add(second, second.arrived_s)
+    assert [item.client for item in line.order(1e6 + 2)] == ["a", "b"]
 
 
 async def test_a_node_is_added_and_one_drains(ollama_node: NodeFactory, tmp_path: Path) -> None:
