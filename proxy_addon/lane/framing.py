@@ -22,7 +22,12 @@ END = b"0\r\n\r\n"  #: of a chunked body without trailers
 
 
 class FramingError(ValueError):
-    """The bytes are not a body of this framing; the sentence says what is wrong."""
+    """The bytes are not a body of this framing; the sentence says what is wrong.
+
+    ``payload`` is what stood in order before it.
+    """
+
+    payload = b""
 
 
 class Chunked:
@@ -68,9 +73,17 @@ class Chunked:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in ``data``. Raises FramingError if it is not chunked."""
+        payload: list[bytes] = []
+        try:
+            self._follow(data, payload)
+        except FramingError as error:
+            error.payload = b"".join(payload)
+            raise
+        return b"".join(payload)
+
+    def _follow(self, data: bytes, payload: list[bytes]) -> None:
         if self._held:
             data, self._held = self._held + data, b""
-        payload: list[bytes] = []
         at, length = 0, len(data)
         while at < length:
             if self._left > 2:
@@ -92,7 +105,7 @@ class Chunked:
                 if after is None:
                     break
                 self.ended, self.rest = True, data[after:]
-                return b"".join(payload)
+                return
             else:
                 size = _SIZE.match(data, at)
                 if size is None:
@@ -103,7 +116,6 @@ class Chunked:
                 if self._left == 2:
                     self._left, self._in_trailers = 0, True
         self._held = data[at:]
-        return b"".join(payload)
 
     def end(self) -> None:
         """The connection has ended. Raises FramingError if the body has not."""

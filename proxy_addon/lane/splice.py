@@ -62,6 +62,7 @@ class Splice:
             else:
                 self._pass(data)
         except FramingError as error:
+            self._send(error.payload)
             self._fail(Lost(f"the answer's framing is broken: {error}"))
         except Exception as defect:  # noqa: BLE001 - of a callback, raised again where a request ends
             self._fail(defect)
@@ -73,14 +74,15 @@ class Splice:
             if not data:
                 return
         follower = self._follower
-        payload = follower.feed(data)
-        if payload:
-            out = self._tee(payload)
-            if out:
-                self._write(chunk(out) if self._chunked else out)
+        self._send(follower.feed(data))
         if follower.ended:
             self._end()
         self._between = raw is not None and raw.between
+
+    def _send(self, payload: bytes) -> None:
+        out = self._tee(payload) if payload else b""
+        if out:
+            self._write(chunk(out) if self._chunked else out)
 
     def _passed(self, raw: Chunked, data: bytes) -> bytes:
         """Pass on whole chunks as they are, keep the beginning of one; what is left has to be followed."""

@@ -94,11 +94,13 @@ async def test_whole_chunks_go_out_as_they_came_with_the_extensions_that_they_ha
     assert wire.sent == b'9;a=b\r\n{"a":12}\n\r\n'
 
 
-async def test_broken_framing_is_the_nodes_failure() -> None:
-    _, spliced, _ = splice()
-    spliced.data(b"\x16\x03\x01this is no size\r\n")
+@pytest.mark.parametrize("before", [b"", b'8\r\n{"a":1}\n\r\n', b'3\r\n{"a\r\n5\r\n":1}\n\r\n'])
+async def test_broken_framing_is_the_nodes_failure_and_costs_nothing_that_came_before(before: bytes) -> None:
+    wire, spliced, _ = splice()
+    spliced.data(before + b"\x16\x03\x01this is no size\r\n")
     with pytest.raises(Lost, match="framing is broken"):
         await spliced.run()
+    assert Chunked().feed(wire.sent) == (b'{"a":1}\n' if before else b"")
 
 
 async def test_a_client_that_leaves_ends_it() -> None:
