@@ -165,7 +165,9 @@ class Prober:
 
 def _idle(node: Node) -> bool:
     """Whether neither this proxy nor, as far as its agent tells, another one has work there."""
-    return not node.flights
+    # Who may not share with others (no token) is still told how much there is.
+    elsewhere = node.report.ollama.requests_in_flight if node.report is not None else None
+    return not node.flights and not elsewhere
 
 
 def _model(node: Node, speeds: Speeds, now_s: float) -> str | None:
