@@ -4,6 +4,9 @@ Most of a request's line is what was known of each candidate, so these are rows 
 their columns stand once at the head of each file (:data:`HEADER`) and hold for the lines below it. A line is
 unpacked by the columns that it was written under, whatever the columns are today; lines of earlier versions,
 which spell every name out, stay as they are.
+
+What follows from these rows by the policy alone (each candidate's terms, the reason in words) is not written
+but worked out when it is read: hardly any line ever is, and a request waits while its own is written.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from math import isfinite
 from operator import attrgetter
 from typing import Any
 
-from proxy_addon.placement.decision import Candidate, Decision
+from proxy_addon.placement.decision import Candidate, Decision, reason
 from proxy_addon.placement.features import AskFeatures, Features
+from proxy_addon.placement.policies import POLICIES
 from proxy_addon.record import Attempt, Record
 
 Entry = dict[str, Any]
@@ -57,6 +61,7 @@ CURRENT = Columns(
 HEADER = {"columns": {"ask": CURRENT.ask, "node": CURRENT.node}}
 _ask_row = attrgetter(*CURRENT.ask)
 _node_row = attrgetter(*CURRENT.node)
+_whole_row = attrgetter("node", *CURRENT.node, "notes")
 _ask_fields = attrgetter(*ASK_FIELDS)
 
 
@@ -112,6 +117,24 @@ def _attempt(attempt: Attempt, started_s: float) -> Entry:
 
 
 def _decision(decision: Decision) -> Entry:
+    if decision.how is None or len(decision.rows) + len(decision.out) > CANDIDATES:
+        return _spelt_out(decision)
+    made: Entry = {
+        "policy": decision.policy,
+        "node": decision.node,
+        "remark": decision.remark,
+        "ask": _ask_row(decision.ask),
+        "out": decision.out,
+        "costs": decision.costs,
+        "rows": [*map(_whole_row, decision.rows)],
+    }
+    if decision.left:
+        made["unseen"] = decision.left
+    return made
+
+
+def _spelt_out(decision: Decision) -> Entry:
+    """One that was not made of rows, or of so many that some are left out."""
     candidates: Sequence[Candidate] = decision.candidates
     left_out = len(candidates) - CANDIDATES
     if left_out > 0:
@@ -154,11 +177,13 @@ def unpack(packed: Entry, columns: Columns) -> Entry:
     """
     try:
         return packed | {"decisions": [_named(decision, columns) for decision in packed["decisions"]]}
-    except (LookupError, TypeError, AttributeError, ValueError) as exc:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as exc:
         raise ValueError(f"not an entry of the journal: {exc}") from exc
 
 
 def _named(decision: Entry, columns: Columns) -> Entry:
+    if "rows" in decision:
+        return _worked_out(decision, columns)
     made = dict(decision)
     terms = made.pop("terms", ())
     if isinstance(decision.get("ask"), list):
@@ -180,3 +205,37 @@ def _candidate(row: list[Any], terms: Sequence[str], columns: Sequence[str]) -> 
         named = zip(columns, known, strict=True)
         made["features"] = {"node": node, **dict(named), "notes": notes}
     return made
+
+
+def _worked_out(decision: Entry, columns: Columns) -> Entry:
+    """What follows from the rows of ``decision``, by its policy as it is today.
+
+    Costs and rows are those that were decided on.
+    """
+    asked = dict(zip(columns.ask, decision["ask"], strict=True))
+    how, ask, node = POLICIES.get(decision["policy"]), AskFeatures.from_row(asked), decision["node"]
+    made: Entry = {"policy": decision["policy"], "node": node, "reason": decision["remark"], "ask": asked}
+    made["candidates"] = [{"node": name, "excluded": why} for name, why in decision["out"]]
+    for cost, (name, *known, notes) in zip(decision["costs"], decision["rows"], strict=True):
+        features = {"node": name, **dict(zip(columns.node, known, strict=True)), "notes": notes}
+        row = Features.from_row(features)
+        terms = how.terms(ask, row) if how is not None else {}
+        if how is not None and name == node:
+            made["reason"] = reason(how, ask, row, decision["remark"])
+        made["candidates"].append(
+            {
+                "node": name,
+                "cost": _rounded(cost),
+                "terms": {term: _rounded(value) for term, value in terms.items()},
+                "notes": notes,
+                "features": features,
+            }
+        )
+    if "unseen" in decision:
+        made["unseen"] = decision["unseen"]
+    return made
+
+
+def _rounded(value: float | None) -> float | None:
+    """To millionths; what is missing or infinite is None."""
+    return round(value, 6) if value is not None and isfinite(value) else None

@@ -32,15 +32,15 @@ class Decision:
     __slots__ = (
         "_candidates",
         "_chosen",
-        "_costs",
-        "_how",
-        "_out",
-        "_reason",
         "ask",
         "awaits",
+        "costs",
+        "how",
         "left",
         "node",
+        "out",
         "policy",
+        "remark",
         "row",
         "rows",
     )
@@ -63,12 +63,13 @@ class Decision:
         self.left = 0  #: nodes that might serve it as well, but could not win and were not worked out
         #: what was known of the chosen node
         self.row = next((row for row in rows if row.node == node), None) if rows else None
-        self._how: Policy | None = None
-        self._out: Sequence[tuple[str, str]] = ()
-        self._costs: Sequence[float] = ()  # of the rows
+        #: by which candidates and reason are worked out from the rows and what follows; None: they were given
+        self.how: Policy | None = None
+        self.out: Sequence[tuple[str, str]] = ()  #: who may not serve, and why
+        self.costs: Sequence[float] = ()  #: of the rows
+        self.remark = reason  #: the reason, or what is added to it
         self._candidates: tuple[Candidate, ...] | None = tuple(candidates)
         self._chosen = next((c for c in candidates if c.node == node), None) if candidates else None
-        self._reason = reason
 
     @classmethod
     def by(
@@ -93,16 +94,16 @@ class Decision:
             made.row = row = rows[chosen]
             made.node = row.node
             made._chosen = Candidate(row.node, None, costs[chosen], how.terms(ask, row), row.notes)
-        made.rows, made._costs, made.left = rows, costs, left
-        made._how, made._out, made._candidates = how, out, None
+        made.rows, made.costs, made.left = rows, costs, left
+        made.how, made.out, made._candidates = how, out, None
         return made
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every node that was looked at."""
         if self._candidates is None:
-            out = [Candidate(node, excluded=why) for node, why in self._out]
-            self._candidates = (*out, *map(self._candidate, self.rows, self._costs))
+            out = [Candidate(node, excluded=why) for node, why in self.out]
+            self._candidates = (*out, *map(self._candidate, self.rows, self.costs))
         return self._candidates
 
     @property
@@ -113,9 +114,9 @@ class Decision:
     @property
     def reason(self) -> str:
         """Why the node was chosen, or why none was."""
-        if self._how is None or self.ask is None or (row := self.row) is None:
-            return self._reason
-        return f"{row.node} {self._how.explain(self.ask, row)}{self._reason}"
+        if self.how is None or self.ask is None or (row := self.row) is None:
+            return self.remark
+        return reason(self.how, self.ask, row, self.remark)
 
     @property
     def wait_s(self) -> float:
@@ -152,8 +153,8 @@ class Decision:
     def _candidate(self, row: Features, cost: float) -> Candidate:
         if row is self.row and self._chosen is not None:
             return self._chosen
-        assert self._how is not None and self.ask is not None
-        return Candidate(row.node, None, cost, self._how.terms(self.ask, row), row.notes)
+        assert self.how is not None and self.ask is not None
+        return Candidate(row.node, None, cost, self.how.terms(self.ask, row), row.notes)
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""
@@ -173,3 +174,8 @@ class Decision:
                 for c in self.candidates
             ],
         }
+
+
+def reason(how: Policy, ask: AskFeatures, row: Features, remark: str) -> str:
+    """Why ``how`` chose ``row``, in words."""
+    return f"{row.node} {how.explain(ask, row)}{remark}"

@@ -17,6 +17,7 @@ from proxy_addon.entry import CANDIDATES, CURRENT, HEADER, Columns, pack, unpack
 from proxy_addon.journal import Journal, parse, read
 from proxy_addon.placement.decision import Candidate, Decision
 from proxy_addon.placement.features import AskFeatures, Features
+from proxy_addon.placement.policies import POLICIES
 from proxy_addon.record import Attempt, FinalStats, Record
 
 NOON = datetime(2026, 8, 1, 12, 0, 0, tzinfo=UTC)
@@ -93,6 +94,39 @@ def test_an_entry_has_every_candidate_with_its_terms_and_what_they_were_made_of(
     # Terms are for people; what is decided again must be what was decided on, to the last bit.
     assert tuple(Features.from_row(row["features"]) for row in (first, second)) == record.decisions[0].rows
     assert AskFeatures.from_row(decision["ask"]) == record.decisions[0].ask
+
+
+def test_of_rows_and_costs_an_entry_tells_what_the_decision_itself_would() -> None:
+    record, ask = finished("a"), AskFeatures(prompt_tokens=1 / 3, output_tokens=30.0)
+    rows = [Features(f"n{i}:1", wait_s=i / 3, s_per_output_token=1 / 70, notes=("resident",)) for i in (0, 1)]
+    how = POLICIES["finish_time"]
+    costs = [how.cost(ask, row) for row in rows]
+    chosen = Decision.by("finish_time", how, ask, rows, costs, 0, [("m:1", "is down")], "; so it is", left=3)
+    nobody = Decision.by("score", POLICIES["score"], ask, (), (), None, [("m:1", "is down")], "nobody may")
+    record.decisions = [chosen, nobody]
+    for again, made in zip(read_again(record)["decisions"], record.decisions, strict=True):
+        features = [candidate.pop("features") for candidate in again["candidates"] if "cost" in candidate]
+        assert [Features.from_row(row) for row in features] == list(made.rows)
+        assert AskFeatures.from_row(again.pop("ask")) == ask
+        assert again.pop("unseen", 0) == made.left
+        assert again == made.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("policy", "of another version"), ("costs", [1.0]), ("rows", [[1]])]
+)
+def test_what_is_damaged_or_of_a_version_to_come_is_said_or_left_bare(name: str, value: Any) -> None:
+    record, ask = finished("a"), AskFeatures()
+    rows, how = [Features("n:1"), Features("m:1", success_rate=0.5)], POLICIES["finish_time"]
+    record.decisions = [Decision.by("finish_time", how, ask, rows, [0.0, 1.0], 0)]
+    packed = orjson.loads(orjson.dumps(pack(record, NOON)))
+    packed["decisions"][0][name] = value
+    if name == "policy":
+        (decision,) = unpack(packed, CURRENT)["decisions"]
+        assert [(c["cost"], c["terms"]) for c in decision["candidates"]] == [(0.0, {}), (1.0, {})]
+    else:
+        with pytest.raises(ValueError, match="not an entry of the journal"):
+            unpack(packed, CURRENT)
 
 
 def test_what_is_infinite_or_missing_costs_no_entry() -> None:
