@@ -3,11 +3,15 @@
 A node holds a model that it has and that fits it, after what may be unloaded; that it is busy, full or coming
 back changes nothing. One that is down, that this very request failed on, or that ran out of memory with the
 model does not. Without an agent a node is taken to hold what it has, as everywhere in placement.
+
+Where nobody is known to hold it, neither node nor coordinator, the estimate may be at fault: which context a
+node gives to a request that names none (OLLAMA_CONTEXT_LENGTH) it shows only once something is in its memory.
+Whoever is out by an assumed context alone is then tried, and its own answer decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proxy_addon.ask import Ask
@@ -21,6 +25,7 @@ from proxy_addon.placement.view import Able, unable
 
 NO_NODE_HOLDS_IT = "no other node holds the model"
 SET_SO = "the model is set to be sharded"
+IN_DOUBT = "no node is known to hold the model, but the request names no num_ctx: Ollama itself decides"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,24 @@ def contenders(
     )
 
 
+def may_doubt(places: Iterable[Place], wanted: Wanted, now_s: float, rules: Rules) -> bool:
+    """Whether a node may be tried that the model seems not to fit, of all ``places`` that have it.
+
+    Never for a context that is named; nor while anybody is up that holds the model, however busy it is and
+    whatever it is excluded for: that passes.
+    """
+    ask = wanted.ask
+    if ask.num_ctx is not None or ask.key in rules.models:
+        return False
+    return not any(
+        not place.other_version
+        and place.node.up(now_s)
+        and now_s >= place.node.unfit_until_s.get(ask.key, 0.0)
+        and _starts(place, wanted)
+        for place in places
+    )
+
+
 _THIN = "would have only "
 
 
@@ -116,7 +139,13 @@ def _able(place: Place, wanted: Wanted, now_s: float, excluded: Mapping[str, str
     """Whether the coordinator at ``place`` could be given the request now."""
     if place.name in excluded or unable(place.node, wanted.ask.key, now_s) is not None:
         return False
+    return _starts(place, wanted)
+
+
+def _starts(place: Place, wanted: Wanted) -> bool:
+    """Whether the model fits the node at ``place``, as far as that can be told."""
+    slots = slots_of(place.node, wanted.ask, place.row)
     begin = start(
-        place.node, wanted.ask, place.row, place.room, place.slots, wanted.shape, wanted.seen, place.sharded
+        place.node, wanted.ask, place.row, place.room, slots, wanted.shape, wanted.seen, place.sharded
     )
     return not isinstance(begin, str)

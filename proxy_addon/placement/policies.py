@@ -16,7 +16,7 @@ from proxy_addon.endpoints import Task
 from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.placement.decision import Decision
-from proxy_addon.placement.diversion import Wanted, contenders
+from proxy_addon.placement.diversion import IN_DOUBT, Wanted, contenders, may_doubt
 from proxy_addon.placement.features import AskFeatures, Features
 from proxy_addon.placement.finish_time import FinishTime
 from proxy_addon.placement.rules import NO_RULES, Rules
@@ -70,7 +70,8 @@ def decide(
     ``excluded`` has the nodes that were tried already, by name, and why they are out; ``rules`` says what is
     a coordinator's besides what no other node holds, and who should do what. The decision's ``node`` is None
     where nobody may serve the request; ``Fleet.nobody_stores`` tells whether the model exists at all.
-    Equally good nodes take turns. Raises KeyError for an unknown policy.
+    Equally good nodes take turns. Where nobody may for want of memory that is only guessed at, whoever would
+    be best is tried all the same (diversion.py). Raises KeyError for an unknown policy.
     """
     how = POLICIES[policy]
     view = look(ask.key, fleet, speeds, now_s)
@@ -79,6 +80,11 @@ def decide(
         view.second_s = -1.0  # before giving up, everybody is looked at again
         view = look(ask.key, fleet, speeds, now_s)
         decision = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules)
+    if decision.node is None and view.holders:
+        wanted = Wanted(ask, view.shape(fleet), view.sizes(speeds))
+        if may_doubt(view.holders.values(), wanted, now_s, rules):
+            tried = _among(view, ask, fleet, speeds, now_s, policy, how, excluded, rules, in_doubt=True)
+            return tried if tried.node is not None else decision
     return decision
 
 
@@ -160,6 +166,7 @@ def _among(
     how: Policy,
     excluded: Mapping[str, str],
     rules: Rules,
+    in_doubt: bool = False,
 ) -> Decision:
     """The best of ``view``."""
     able, shape, seen = view.able, view.shape(fleet), view.sizes(speeds)
@@ -177,12 +184,14 @@ def _among(
         rules.specialise_factor,
     )
     slots = 1 if embeds else None
-    wanted = ask.reload_key, ask.num_ctx, ask.usual, slots
-    scene = Scene(ask, asked, speeds, now_s, view.second_s, slots, shape, seen, wanted)
+    wanted = ask.reload_key, ask.num_ctx, ask.usual, slots, in_doubt
+    scene = Scene(ask, asked, speeds, now_s, view.second_s, slots, shape, seen, wanted, in_doubt)
     search = _Search(scene, view, fleet, how, excluded)
     places = able.places
     awaits, diverted = tuple(able.awaited), ""
-    if able.coordinators or awaits or ask.key in rules.models:
+    if in_doubt:
+        places, diverted = [*places, *able.coordinators], IN_DOUBT
+    elif able.coordinators or awaits or ask.key in rules.models:
         found = contenders(able, Wanted(ask, shape, seen), fleet, speeds, now_s, excluded, rules)
         places, awaits, diverted = found.places, found.awaited, found.why
         search.out += found.out

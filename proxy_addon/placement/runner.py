@@ -7,7 +7,7 @@ options that shaped it are the same; loads are serial; a reload or eviction wait
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.report import Model, Resident, ShardModel
 from proxy_addon.ask import Ask, ReloadKey
@@ -45,11 +45,13 @@ def start(
     shape: ModelShape | None = None,
     seen: Mapping[int, float] = memory.NOTHING_SEEN,
     sharded: ShardModel | None = None,
+    in_doubt: bool = False,
 ) -> Start | str:
     """How ``node`` would get to serve ``ask``, or the reason why it cannot.
 
     ``room`` is its memory, None without an agent; ``shape`` and what it was ``seen`` to take improve the
-    estimate of need. ``sharded`` is what a coordinator expects of the model.
+    estimate of need. ``sharded`` is what a coordinator expects of the model. ``in_doubt``: a model that would
+    be too big only by a context that is assumed, since ``ask`` names none, is taken to fit.
     """
     resident = node.resident.get(ask.key)
     shared = _shared_load(node, ask, row, room) if node.flights else None
@@ -65,7 +67,7 @@ def start(
         return Start(gpu_share=share, notes=("resident", *offload))
     if resident is None and change is None and ask.key in node.in_use:
         return Start(notes=("in use there",))  # loaded since the last poll
-    found = _fit(node, ask, row, room, slots, shape, seen, sharded)
+    found = _fit(node, ask, row, room, slots, shape, seen, sharded, in_doubt)
     if not found.fits:
         return found.note
     notes: tuple[str, ...] = (f"reload: {change}" if change else "load",)
@@ -178,6 +180,7 @@ def _fit(
     shape: ModelShape | None,
     seen: Mapping[int, float],
     sharded: ShardModel | None,
+    in_doubt: bool,
 ) -> Fit:
     if sharded is not None:
         return _sharded_fit(sharded, ask, row)
@@ -196,7 +199,13 @@ def _fit(
     ]
     if unseen:
         room, resident = memory.once_loaded(room, resident, unseen)
-    return memory.fit(need, room, resident, ask.key, node.in_use, node.sessions)
+    found = memory.fit(need, room, resident, ask.key, node.in_use, node.sessions)
+    if found.fits or not in_doubt or ask.num_ctx is not None:
+        return found
+    without_cache = memory.need_bytes(shape, row.size, num_ctx=0)
+    least = memory.fit(without_cache, room, resident, ask.key, node.in_use, node.sessions)
+    doubt = f"may be too big: at num_ctx {num_ctx}, which is assumed, it {found.note}"
+    return replace(least, note=doubt) if least.fits else found
 
 
 def _sharded_fit(sharded: ShardModel, ask: Ask, row: Model) -> Fit:

@@ -103,6 +103,7 @@ class Scene:
     shape: ModelShape | None
     seen: Mapping[int, float]
     wanted: tuple[object, ...]  #: of the request, what decides which runner can serve it
+    in_doubt: bool = False  #: nobody is known to hold the model; see diversion.py
     outside: bool = False  #: the places looked at are not those that are set to do this kind
 
     def cached_tokens(self, node: Node) -> float:

@@ -154,7 +154,17 @@ def _starts(scene: Scene, place: Place) -> Starts:
 
 def _start(scene: Scene, place: Place) -> Start | str:
     slots = scene.slots or place.slots
-    return start(place.node, scene.ask, place.row, place.room, slots, scene.shape, scene.seen, place.sharded)
+    return start(
+        place.node,
+        scene.ask,
+        place.row,
+        place.room,
+        slots,
+        scene.shape,
+        scene.seen,
+        place.sharded,
+        scene.in_doubt,
+    )
 
 
 def _load_wait_s(scene: Scene, place: Place, begin: Start) -> float:
