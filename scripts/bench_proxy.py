@@ -84,7 +84,12 @@ class Bench:
         """Streams side by side; heads and ends included."""
         request = one.subject.api.stream(CHUNKS, CHUNKS_PER_S)
         limit_s = CLIENT_LIMIT_S / 2  # ollama-herd takes one after the other
-        task = StreamTask(one.port, request, self.plan.streams, CHUNKS, CHUNKS_PER_S, limit_s=limit_s)
+        # Begun one after the other, each a little later within the time of a chunk: streams of different people
+        # do not tick together, and a proxy must wake for each piece, not for all of them at once.
+        ramp_s = (self.plan.streams + 1) / CHUNKS_PER_S
+        task = StreamTask(
+            one.port, request, self.plan.streams, CHUNKS, CHUNKS_PER_S, ramp_s=ramp_s, limit_s=limit_s
+        )
         with Spent(one) as spent:
             found = await self._clients(task, StreamFound)
         cpu_ms = spent.busy_s / self.plan.streams * 1e3 if found.came == found.asked else float("nan")
