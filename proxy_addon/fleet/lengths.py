@@ -16,6 +16,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,9 @@ CONCENTRATION = 2.0  #: answers of its own after which a table counts as much as
 HALF_LIFE = 50  #: answers after which one is half forgotten
 PER_OCTAVE = 4  #: buckets per doubling: a length is known to ±9 %
 BUCKETS = 16 * PER_OCTAVE + 1  #: up to 65,536 tokens; the last holds all beyond
+FADE = 0.5 ** (1 / HALF_LIFE)
 FORGOTTEN = 1e-3  #: a smaller count is dropped
+LARGEST_UNIT = 1e6  #: counts are brought back to a unit of 1 beyond it: once in 1,000 answers
 MAX_TABLES = 2048  #: clients choose how many there are: the one unused for longest goes
 STALE = 16  #: answers of others after which a cached distribution is made anew
 STALE_SHARE = 1 / 16  #: of all that its own table knows, answers of its own after which it is as well
@@ -50,18 +53,34 @@ Bucket = Annotated[int, Field(ge=0, lt=BUCKETS)]
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts by bucket that fade with each answer. ``counts`` is replaced, not changed: others read it."""
+    """Counts by bucket that fade with each answer.
 
-    counts: dict[Bucket, Count] = field(default_factory=dict)
-    total: Count = 0.0
+    Not they become smaller, which would take as long as there are buckets, but what one answer counts larger.
+    """
+
+    counts: dict[Bucket, Count] = field(default_factory=dict)  #: in units of what the newest answer counts
+    total: Count = 0.0  #: of all counts, in answers
+    unit: Annotated[float, Field(allow_inf_nan=False, ge=1, le=LARGEST_UNIT)] = 1.0  #: what that is
 
     def add(self, share: Iterable[tuple[int, float]]) -> None:
         """Count one answer, of which ``share`` says how much falls into which bucket."""
-        fade = 0.5 ** (1 / HALF_LIFE)
-        counts = {bucket: count * fade for bucket, count in self.counts.items() if count > FORGOTTEN}
+        self.unit /= FADE
+        if self.unit > LARGEST_UNIT:
+            self.counts, self.unit = self._plain(), 1.0
+        counts, unit, added = self.counts, self.unit, 0.0
         for bucket, part in share:
-            counts[bucket] = counts.get(bucket, 0.0) + part
-        self.counts, self.total = counts, sum(counts.values())
+            counts[bucket] = counts.get(bucket, 0.0) + part * unit
+            added += part
+        self.total = self.total * FADE + added
+
+    def plain(self) -> Histogram:
+        """A copy in units of 1, for whoever keeps it; made in one step, beside a thread that counts."""
+        return Histogram(self._plain(), self.total)
+
+    def _plain(self) -> dict[int, float]:
+        unit = self.unit
+        found = {bucket: count / unit for bucket, count in self.counts.copy().items()}
+        return {bucket: count for bucket, count in found.items() if count > FORGOTTEN}
 
 
 class Distribution:
@@ -90,6 +109,10 @@ class Lengths:
         self._of = of
         self._cap = cap
         self.mean = of.mean_of(0, cap) / of.below[-1]
+
+    def capped(self, cap: float) -> Lengths:
+        """The same answers under a cap of the client's."""
+        return Lengths(self._of, cap)
 
     def quantile(self, q: float) -> float:
         """The length that a share ``q`` of the answers does not exceed."""
@@ -128,7 +151,7 @@ class OutputLengths:
 
     def __init__(self, tables: dict[str, Histogram] | None = None) -> None:
         self.tables = tables if tables is not None else {}
-        self._cache: dict[tuple[str, str, str], Distribution] = {}
+        self._cache: dict[tuple[str, str, str], Lengths] = {}  # without a cap
         self._unread: dict[tuple[str, str, str], int] = {}  # answers that are not in the cached one
         self._seen = 0
 
@@ -141,8 +164,8 @@ class OutputLengths:
         if found is None:
             if len(self._cache) >= MAX_TABLES:
                 self._cache.clear()
-            found = self._cache[key] = self._blend(_names(*key))
-        return Lengths(found) if ask.max_tokens is None else Lengths(found, ask.max_tokens)
+            found = self._cache[key] = Lengths(self._blend(_names(*key)))
+        return found if ask.max_tokens is None else found.capped(ask.max_tokens)
 
     def observe(self, ask: Ask, tokens: int) -> None:
         """Learn from an answer to ``ask`` that had ``tokens``."""
@@ -178,7 +201,7 @@ class OutputLengths:
             if table is None or not table.total:
                 continue
             whole = table.total + CONCENTRATION
-            seen.append((table.counts, left / whole))
+            seen.append((table.counts, left / whole / table.unit))
             left *= CONCENTRATION / whole
         shares = [share * left for share in PRIOR.shares]
         for counts, weight in seen:
@@ -187,6 +210,7 @@ class OutputLengths:
         return Distribution(shares)
 
 
+@lru_cache(MAX_TABLES)
 def _names(kind: str, model: str, client: str) -> tuple[str, ...]:
     """The tables to consult, the most general first. Neither kinds nor models have spaces in their names."""
     return kind, f"* {model}", f"{kind} {model}", f"{kind} {model} {client}"

@@ -217,7 +217,8 @@ class State:
         models = {
             key: OfModel(model.prompt_ratio, model.sizes.copy()) for key, model in self.models.copy().items()
         }
-        return _STATE.dump_json(State(nodes=nodes, models=models, lengths=self.lengths.copy()), indent=1)
+        lengths = {name: table.plain() for name, table in self.lengths.copy().items()}
+        return _STATE.dump_json(State(nodes=nodes, models=models, lengths=lengths), indent=1)
 
     @classmethod
     def from_json(cls, text: bytes) -> State:
