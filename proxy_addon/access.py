@@ -118,7 +118,8 @@ def loop(headers: Mapping[str, str], proxy_id: str) -> Refusal | None:
 def stamp(headers: MutableMapping[str, str], proxy_id: str) -> None:
     """Write into the headers of an upstream request that it has come through ``proxy_id``."""
     own = family(proxy_id)
-    headers[HOPS_HEADER] = ",".join([*(hop for hop in _hops(headers) if hop != own), own])
+    before = [hop for hop in _hops(headers) if hop != own] if HOPS_HEADER in headers else ()
+    headers[HOPS_HEADER] = ",".join((*before, own)) if before else own
 
 
 def family(proxy_id: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mitmproxy import http
 
 from proxy_addon import plans, record
-from proxy_addon.heads import put
+from proxy_addon.heads import first, put
 from proxy_addon.http_stream import NextChunk
 from proxy_addon.record import Record
 from proxy_addon.relay import Tee, framing_of
@@ -38,7 +38,7 @@ class Answer:
             # The loop's own clock, for it is looked at with every piece.
             response.stream = Tee(rec, framing, asyncio.get_running_loop().time, annotate)
             may_grow = annotate if framing == "whole" else framing != "opaque"
-            if may_grow and "content-length" in response.headers:
+            if may_grow and first(response.headers, b"content-length"):
                 # By the routing, or by the error that ends a stream which breaks off: chunks need no length
                 # (an HTTP/1.0 client reads to the end).
                 del response.headers["content-length"]

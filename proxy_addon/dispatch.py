@@ -63,7 +63,7 @@ class Dispatch:
         self.admission = Admission(fleet, settings.admission, self._decide, self._start, now)
         self._asked: dict[Waiter, tuple[http.HTTPFlow, Record]] = {}  # those that admission has now
         self.in_flight: dict[Node, set[http.HTTPFlow]] = {}
-        self._changed = asyncio.Event()  #: set, and replaced, when a node may have become free
+        self._changed: asyncio.Event | None = None  #: set, and dropped, when a node may have become free
         fleet.on_freed.append(self._stir)
         fleet.on_lost.append(lambda _node, _reason: self._stir())
         fleet.on_seen.append(lambda ask: speeds.demand.note(ask, now()))
@@ -215,7 +215,8 @@ class Dispatch:
                 need_bytes=decision.need_bytes,
             )
             node.loaded_with[key] = runs_under(node.loaded_with.get(key), rec.ask.reload_key, loads)
-        headers = {"host": node.name}  # a loopback Ollama checks it
+        name = node.name
+        headers = {"host": name}  # a loopback Ollama checks it
         if hops := rec.headers.get(HOPS_HEADER):
             headers[HOPS_HEADER] = hops
         self.stamp(headers)
@@ -225,7 +226,7 @@ class Dispatch:
         rec.node = node
         rec.placed = True
         rec.sent_s = now_s
-        rec.attempts.append(Attempt(node.name, now_s))
+        rec.attempts.append(Attempt(name, now_s))
         self.in_flight.setdefault(node, set()).add(flow)
 
     def release(self, flow: http.HTTPFlow, rec: Record, outcome: str, detail: str = "") -> None:
@@ -275,6 +276,8 @@ class Dispatch:
         rec.on_left.append(self._stir)
         try:
             async with asyncio.timeout(until_s - self.now()):
+                if self._changed is None:
+                    self._changed = asyncio.Event()
                 await self._changed.wait()
         except TimeoutError:
             return
@@ -283,8 +286,9 @@ class Dispatch:
                 rec.on_left.remove(self._stir)
 
     def _stir(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def _until_one_returns_s(self, rec: Record) -> float:
         """How long to wait on for an ejection to end: rounds that nobody can be tried in show nothing.

@@ -28,8 +28,12 @@ def first(headers: http.Headers, name: bytes) -> str:
 def put(headers: http.Headers, values: Mapping[str, str]) -> None:
     """Set ``values``, whose names are in lower case, each once: where it was, or at the end."""
     new = {name.encode(): value.encode("utf-8", "surrogateescape") for name, value in values.items()}
+    before = headers.fields
+    if new.keys().isdisjoint([field[0].lower() for field in before]):
+        headers.fields = (*before, *new.items())
+        return
     fields, left = [], new.copy()
-    for field in headers.fields:
+    for field in before:
         name = field[0].lower()
         if name not in new:
             fields.append(field)

@@ -259,6 +259,8 @@ class Node:
 
         Who has no first byte yet may wait for a load or a slot. Of answers in one piece nobody can tell.
         """
+        if now_s == self.crowd.at_s:
+            return  # the loop's clock stands still while a callback runs
         decoded: dict[str, int] = {}
         for flight in self.flights:
             if flight.first_byte_s is not None or not (flight.ask.stream or flight.load):

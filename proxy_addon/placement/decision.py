@@ -122,17 +122,25 @@ class Decision:
     def wait_s(self) -> float:
         """Seconds until the chosen node has a slot free, or can begin to load the model."""
         row = self.row
-        return row.wait_s if row is not None else self._sum("wait_s")
+        if row is not None:
+            return row.wait_s
+        return self._chosen.terms.get("wait_s", 0.0) if self._chosen is not None else 0.0
 
     @property
     def expected_s(self) -> float:
         """The estimate of the whole request on the chosen node, seconds; 0 where the policy has none."""
-        return self._sum("wait_s", "load_s", "prefill_s", "decode_s")
+        if self._chosen is None:
+            return 0.0
+        get = self._chosen.terms.get
+        return get("wait_s", 0.0) + get("load_s", 0.0) + get("prefill_s", 0.0) + get("decode_s", 0.0)
 
     @property
     def service_s(self) -> float:
         """Of it what the node works on this request alone: prefill and decode."""
-        return self._sum("prefill_s", "decode_s")
+        if self._chosen is None:
+            return 0.0
+        get = self._chosen.terms.get
+        return get("prefill_s", 0.0) + get("decode_s", 0.0)
 
     @property
     def evicts(self) -> tuple[str, ...]:
@@ -143,12 +151,6 @@ class Decision:
     def need_bytes(self) -> int:
         """Memory that a load of the model takes there; 0 where it need not be loaded, or nobody knows."""
         return self.row.need_bytes if self.row is not None else 0
-
-    def _sum(self, *names: str) -> float:
-        if self._chosen is None:
-            return 0.0
-        terms = self._chosen.terms
-        return sum([terms.get(name, 0.0) for name in names])
 
     def _candidate(self, row: Features, cost: float) -> Candidate:
         if row is self.row and self._chosen is not None:
