@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from proxy_addon import lean_imports  # noqa: F401  # isort: skip - before the addons of mitmproxy
+
 import uvloop
 from mitmproxy import http, master, options
 from mitmproxy.addons import (
