@@ -80,7 +80,24 @@ class Dispatch:
     def _rules(self, settings: Settings) -> Rules:
         return self.rules if settings is self.settings else Rules.of(settings)
 
-    async def place(self, flow: http.HTTPFlow, rec: Record) -> http.Response | None:
+    def at_once(self, flow: http.HTTPFlow, rec: Record) -> tuple[Decision | None, bool]:
+        """Point ``flow`` at the best node if that can be done without a wait, and say whether it was done.
+
+        If it was not, :meth:`place` wants to have the decision, if there is one.
+        """
+        assert rec.ask is not None
+        if self.closing or rec.ask.load_only:
+            return None, False
+        waiter = self._waiter(rec)
+        self._asked[waiter] = flow, rec
+        try:
+            return self.admission.at_once(waiter)
+        finally:
+            del self._asked[waiter]
+
+    async def place(
+        self, flow: http.HTTPFlow, rec: Record, looked: Decision | None = None
+    ) -> http.Response | None:
         """Point ``flow`` at the best node; None once that is done, else the client's answer.
 
         It waits in line until a node has time for it. Nodes in ``rec.excluded`` are not tried. When nobody is
@@ -94,9 +111,10 @@ class Dispatch:
             try:
                 if self.closing:
                     raise limits.ending()
-                decision = await self._admit(flow, rec)
+                decision = await self._admit(flow, rec, looked)
             except Refused as refused:
                 return self.refuse(rec, refused)
+            looked = None
             if decision is None or decision.node is not None:
                 return None
             if self._comes_back(rec):
@@ -130,7 +148,7 @@ class Dispatch:
         self.on_refused(refused.reason)
         return self._answer(rec, refused.status, refused.message, refused.headers)
 
-    async def _admit(self, flow: http.HTTPFlow, rec: Record) -> Decision | None:
+    async def _admit(self, flow: http.HTTPFlow, rec: Record, looked: Decision | None) -> Decision | None:
         """Wait in line, unless the client leaves; a request to load a model goes where it can at once."""
         waiter = self._waiter(rec)
         self._asked[waiter] = flow, rec
@@ -145,7 +163,7 @@ class Dispatch:
                 if decision.node is not None:
                     self._start(waiter, decision)
                 return decision
-            return await self.admission.admit(waiter)
+            return await self.admission.admit(waiter, looked)
         finally:
             del self._asked[waiter]
             if left in rec.on_left:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from mitmproxy import http
 
 from proxy_addon import access, errors, record
-from proxy_addon.ask import BadRequest
-from proxy_addon.endpoints import match, protocol_of
-from proxy_addon.reading import Reading
+from proxy_addon.ask import BadRequest, parse
+from proxy_addon.endpoints import Endpoint, match, protocol_of
+from proxy_addon.reading import Reading, is_short
+from proxy_addon.record import Record
 from proxy_addon.settings import Settings
 
 
@@ -53,23 +54,37 @@ class Understand:
         self.ready = ready  #: every node was looked at once; before that nothing is known of any model
         self._reading = Reading()
 
-    async def request(self, flow: http.HTTPFlow) -> None:
+    def request(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
         """Parse the ask; answer what is not understood in the protocol that was spoken."""
         rec = record.of(flow)
         if rec is None or flow.response is not None:
-            return
+            return None
         if not self.ready.is_set():
-            await self.ready.wait()
+            return self._once_ready(flow)
         endpoint = rec.endpoint
         if endpoint is None:
             flow.response = errors.plain(404, "404 page not found")
-            return
+            return None
         if rec.method not in endpoint.methods:
             flow.response = errors.plain(405, "405 method not allowed")
             flow.response.headers["allow"] = ", ".join(sorted(endpoint.methods))
-            return
+            return None
+        content = flow.request.raw_content or b""
+        if not is_short(rec.headers, content):
+            return self._read(flow, rec, endpoint, content)
         try:
-            content = flow.request.raw_content or b""
+            rec.ask = parse(endpoint, rec.path, rec.headers, content, rec.client)
+        except BadRequest as bad:
+            flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
+        return None
+
+    async def _once_ready(self, flow: http.HTTPFlow) -> None:
+        await self.ready.wait()
+        if (rest := self.request(flow)) is not None:
+            await rest
+
+    async def _read(self, flow: http.HTTPFlow, rec: Record, endpoint: Endpoint, content: bytes) -> None:
+        try:
             rec.ask = await self._reading.read(endpoint, rec.path, rec.headers, content, rec.client)
         except BadRequest as bad:
             flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)

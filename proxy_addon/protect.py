@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -71,27 +70,23 @@ def _wrap(addon: Any, name: str, on_error: Callable[[str], None], sent_by: SentB
             let_go(subject)
         return instead(subject, rec, request_id) if instead is not None else None
 
-    if inspect.iscoroutinefunction(hook):
-
-        @functools.wraps(hook)
-        async def protected_async(subject: Any) -> None:
-            try:
-                await hook(subject)
-            except asyncio.CancelledError:
-                raise
-            except Exception:  # noqa: BLE001 - the outermost boundary of a hook
-                pending = failed(subject)
-                if pending is not None:
-                    await pending
-
-        return protected_async
+    async def awaited(rest: Awaitable[None], subject: Any) -> None:
+        try:
+            await rest
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # noqa: BLE001 - the outermost boundary of a hook
+            pending = failed(subject)
+            if pending is not None:
+                await pending
 
     @functools.wraps(hook)
     def protected(subject: Any) -> Awaitable[None] | None:
         try:
-            return hook(subject)  # type: ignore[no-any-return]
+            rest = hook(subject)
         except Exception:  # noqa: BLE001 - the outermost boundary of a hook
             return failed(subject)  # whoever calls hooks awaits what they return
+        return None if rest is None else awaited(rest, subject)
 
     return protected
 

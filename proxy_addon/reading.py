@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from proxy_addon import prefix
-from proxy_addon.ask import Ask, BadRequest, parse
+from proxy_addon.ask import Ask, BadRequest
 from proxy_addon.endpoints import Endpoint
 from proxy_addon.reader import LENGTH, Reply, frame
 
@@ -53,9 +53,7 @@ class Reading:
     async def read(
         self, endpoint: Endpoint, path: str, headers: Mapping[str, str], content: bytes, client: str
     ) -> Ask:
-        """As :func:`ask.parse`, and raises as that does."""
-        if is_short(headers, content):
-            return parse(endpoint, path, headers, content, client)
+        """As :func:`ask.parse`, and raises as that does; for what is not :func:`short <is_short>`."""
         reader = self._huge if len(content) > HUGE_BYTES else self._moderate
         order = (path, {name: headers[name] for name in _HEADERS if name in headers}, client, len(content))
         reply = await reader.read(frame(order), content)

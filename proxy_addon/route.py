@@ -5,13 +5,18 @@ Everything that one node answers alone comes through here; the fleet-wide endpoi
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from mitmproxy import http
 
 from agent.ollama.names import is_cloud
 from proxy_addon import record
+from proxy_addon.ask import Ask
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import Handling
 from proxy_addon.one_server.addon import OneServer
+from proxy_addon.placement.decision import Decision
+from proxy_addon.record import Record
 from proxy_addon.retry import Budget
 
 
@@ -23,21 +28,27 @@ class Route:
         self.one_server = one_server
         self.budget = budget
 
-    async def request(self, flow: http.HTTPFlow) -> None:
+    def request(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
         """Place the request, or answer it where no node can serve it."""
         rec = record.of(flow)
         if rec is None or flow.response is not None or rec.ask is None:
-            return
-        if rec.ask.endpoint.handling is not Handling.ROUTE:
-            return
-        self.budget.request(self.dispatch.now())
-        if rec.ask.unload:
-            await self.one_server.unload(flow)
-        elif is_cloud(rec.ask.model):
-            await self.one_server.pin(flow)
-        else:
-            rec.ask.body = {}  # nothing of a prompt is kept while it waits
-            rec.ask.settle(self.dispatch.fleet.usual(rec.ask.key))
-            self.dispatch.speeds.demand.note(rec.ask, self.dispatch.now())
-            flow.response = await self.dispatch.place(flow, rec)
-        rec.ask.body = {}
+            return None
+        ask, dispatch = rec.ask, self.dispatch
+        if ask.endpoint.handling is not Handling.ROUTE:
+            return None
+        now_s = dispatch.now()
+        self.budget.request(now_s)
+        if ask.unload or is_cloud(ask.model):
+            return self._answered_elsewhere(flow, ask)
+        ask.body = {}  # nothing of a prompt is kept while it waits
+        ask.settle(dispatch.fleet.usual(ask.key))
+        dispatch.speeds.demand.note(ask, now_s)
+        looked, placed = dispatch.at_once(flow, rec)
+        return None if placed else self._placed(flow, rec, looked)
+
+    async def _placed(self, flow: http.HTTPFlow, rec: Record, looked: Decision | None) -> None:
+        flow.response = await self.dispatch.place(flow, rec, looked)
+
+    async def _answered_elsewhere(self, flow: http.HTTPFlow, ask: Ask) -> None:
+        await (self.one_server.unload(flow) if ask.unload else self.one_server.pin(flow))
+        ask.body = {}

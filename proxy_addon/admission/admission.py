@@ -58,22 +58,29 @@ class Admission:
         fleet.on_news.append(lambda _node: self.wake())
         fleet.on_lost.append(lambda _node, _reason: self.wake())
 
-    async def admit(self, waiter: Waiter) -> Decision | None:
-        """Return once ``waiter`` is started, with the decision; None if it was withdrawn before.
-
-        A decision without a node says that nobody may serve it as things are; it was not started then.
-        Raises Refused.
-        """
+    def at_once(self, waiter: Waiter) -> tuple[Decision, bool]:
+        """Start ``waiter`` if it need not wait; returns the decision, and whether it was started."""
         decision, ready = where(waiter, self.fleet, self._decide, self.settings.ahead_s)
         if decision.node is None:
-            return decision
+            return decision, False
         if waiter.tag is None:
             waiter.cost_s = decision.service_s or NO_ESTIMATE_S
         now_s = self._now()
-        if ready and not len(self.line) and self._leaves_until_s(waiter, now_s) is None:
-            self.line.pass_by(waiter, now_s)
-            self._start(waiter, decision)
-            self._courtesy.started(waiter.ask.key)
+        if not ready or len(self.line) or self._leaves_until_s(waiter, now_s) is not None:
+            return decision, False
+        self.line.pass_by(waiter, now_s)
+        self._start(waiter, decision)
+        self._courtesy.started(waiter.ask.key)
+        return decision, True
+
+    async def admit(self, waiter: Waiter, looked: Decision | None = None) -> Decision | None:
+        """Return once ``waiter`` is started, with the decision; None if it was withdrawn before.
+
+        A decision without a node says that nobody may serve it as things are; it was not started then.
+        ``looked`` is that of :meth:`at_once`, where that has just not started it. Raises Refused.
+        """
+        decision, started = self.at_once(waiter) if looked is None else (looked, False)
+        if decision.node is None or started:
             return decision
         if self.closing:
             raise limits.ending()

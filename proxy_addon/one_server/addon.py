@@ -82,29 +82,30 @@ class OneServer:
         """Go by ``settings`` from now on."""
         self._settings = settings
 
-    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+    def requestheaders(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
         """Send a blob on to its node as it comes in, or say at once that the node has it."""
         rec = record.of(flow)
-        if rec is None or rec.endpoint is None or flow.response or rec.method != "POST":
-            return
-        if rec.endpoint.path == "/api/blobs/*":
-            with _telling(flow, rec):
-                await self._upload(flow, rec)
+        if rec is None or rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
+            return None
+        if flow.response or rec.method != "POST":
+            return None
+        return _told(flow, rec, self._upload(flow, rec))
 
-    async def request(self, flow: http.HTTPFlow) -> None:
+    def request(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
         """Answer or forward whatever is not routed by model."""
         rec = record.of(flow)
-        if rec is None or rec.endpoint is None or rec.ask is None or flow.response or rec.placed:
-            return
-        if rec.endpoint.handling is not Handling.ROUTE:
-            with _telling(flow, rec):
-                await self._handlers.get(rec.endpoint.path, self._pinned)(flow, rec, rec.ask)
+        if rec is None or rec.endpoint is None or rec.endpoint.handling is Handling.ROUTE:
+            return None
+        if rec.ask is None or flow.response or rec.placed:
+            return None
+        return _told(flow, rec, self._handlers.get(rec.endpoint.path, self._pinned)(flow, rec, rec.ask))
 
-    async def response(self, flow: http.HTTPFlow) -> None:
+    def response(self, flow: http.HTTPFlow) -> Awaitable[None] | None:
         """A create has ended: let the fleet know the model before the client learns of it."""
         rec = record.of(flow)
-        if rec is not None and rec.endpoint is not None and rec.endpoint.path == "/api/create" and rec.node:
-            await self._refresh([rec.node])
+        if rec is None or rec.endpoint is None or rec.endpoint.path != "/api/create" or not rec.node:
+            return None
+        return self._refresh([rec.node])
 
     async def unload(self, flow: http.HTTPFlow) -> None:
         """Answer a generate or chat whose ``ask.unload`` is set: every node lets go of the model."""
@@ -271,6 +272,11 @@ def _telling(flow: http.HTTPFlow, rec: Record) -> Iterator[None]:
     except BadRequest as bad:
         flow.response = errors.response(rec.protocol, bad.status, bad.message, request_id=rec.id)
         _without_body_of_head(flow)
+
+
+async def _told(flow: http.HTTPFlow, rec: Record, work: Awaitable[None]) -> None:
+    with _telling(flow, rec):
+        await work
 
 
 async def _unless_left[T](rec: Record, work: Coroutine[Any, Any, T]) -> T | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,6 +21,12 @@ from proxy_addon.one_server.addon import OneServer
 from proxy_addon.record import Record
 from proxy_addon.settings import Settings
 from tests.fakes.ollama_node import FakeOllama
+
+
+async def _settled(rest: Awaitable[None] | None) -> None:
+    """What is left to do of a hook, if anything is."""
+    if rest is not None:
+        await rest
 
 
 class House:
@@ -78,7 +84,7 @@ class House:
 
     async def run(self, flow: http.HTTPFlow, rec: Record) -> None:
         """Call the hooks of a request, in the chain's order."""
-        await self.server.requestheaders(flow)
+        await _settled(self.server.requestheaders(flow))
         if flow.response or flow.request.stream:
             return
         assert rec.endpoint
@@ -89,7 +95,7 @@ class House:
             flow.request.raw_content or b"",
             "",
         )
-        await self.server.request(flow)
+        await _settled(self.server.request(flow))
 
     async def ask(self, method: str, path: str, body: Any = None, **more: Any) -> http.Response:
         """The answer to a request that is not streamed; a forwarded one is carried to its node."""
@@ -105,7 +111,7 @@ class House:
         url = f"http://{flow.request.host}:{flow.request.port}{flow.request.path}"
         async with self.session.request(flow.request.method, url, data=flow.request.raw_content) as answer:
             flow.response = http.Response.make(answer.status, await answer.read())
-        await self.server.response(flow)
+        await _settled(self.server.response(flow))
 
     async def stream(self, method: str, path: str, body: Any = None, **more: Any) -> list[dict[str, Any]]:
         """The rows of an answer that must come as a stream."""
