@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from agent import host_header
@@ -23,6 +23,7 @@ class Refusal:
 
     status: int
     message: str
+    headers: Mapping[str, str] = field(default_factory=dict)  #: that the answer has besides
 
 
 def behind(peer: str, headers: Mapping[str, str], trusted: Sequence[IPv4Network | IPv6Network]) -> str:
@@ -148,8 +149,6 @@ def framing(headers: Mapping[str, str]) -> Refusal | None:
     return None
 
 
-def size(announced_bytes: int, limit_bytes: int | None) -> Refusal | None:
-    """413 for a body of more than ``limit_bytes``; None is no limit."""
-    if limit_bytes is None or announced_bytes <= limit_bytes:
-        return None
-    return Refusal(413, f"the request body is larger than {limit_bytes} bytes (guard.body_limit_bytes)")
+def too_large(limit_bytes: int, setting: str) -> Refusal:
+    """413 for a body of more than the ``limit_bytes`` that ``setting`` allows."""
+    return Refusal(413, f"the request body is larger than {limit_bytes} bytes ({setting})")

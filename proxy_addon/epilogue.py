@@ -47,11 +47,13 @@ class Epilogue:
         rec = record.of(flow)
         if rec is not None:
             rec.ended_s = rec.ended_s or self.dispatch.now()
+            _drop_body(rec)
             self.dispatch.release(flow, rec, "failed")
 
     def _end(self, flow: http.HTTPFlow, rec: Record, outcome: str) -> None:
         now_s = self.dispatch.now()
         rec.ended_s, rec.outcome = now_s, outcome
+        _drop_body(rec)
         rec.status = flow.response.status_code if flow.response is not None else None
         flight, node = rec.flight, rec.node
         company = flight.company(now_s) if flight is not None else Company()
@@ -81,6 +83,12 @@ class Epilogue:
                 _guarded(learn, rec)
         for observer in self.observers:
             _guarded(partial(observer, rec), rec)
+
+
+def _drop_body(rec: Record) -> None:
+    """Its body is not needed any more: whoever carries the flow forgets it now."""
+    if rec.held is not None:
+        rec.held.let_go()
 
 
 def _guarded(tell: Callable[[], object], rec: Record) -> None:

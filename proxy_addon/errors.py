@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from mitmproxy import http
 
+from proxy_addon.access import Refusal
 from proxy_addon.endpoints import Protocol
 
 _OPENAI_TYPE = {
@@ -66,6 +67,11 @@ def response(
     for name, value in (headers or {}).items():
         made.headers[name] = value
     return made
+
+
+def refused(protocol: Protocol, refusal: Refusal, request_id: str = "") -> http.Response:
+    """The answer to what goes no further for the reason in ``refusal``."""
+    return response(protocol, refusal.status, refusal.message, request_id=request_id, headers=refusal.headers)
 
 
 def internal(protocol: Protocol, request_id: str) -> http.Response:

@@ -69,9 +69,7 @@ class Guard:
             seen.origin = origin
         if refusal:
             seen.outcome = "refused"
-            flow.response = errors.response(
-                seen.protocol, refusal.status, refusal.message, request_id=seen.id
-            )
+            flow.response = errors.refused(seen.protocol, refusal, seen.id)
         elif seen.method == "OPTIONS":
             flow.response = _preflight(flow, origin)
         if flow.response:
@@ -91,7 +89,7 @@ class Guard:
             or (self._own_host(flow, seen) if _reverse(flow) else self._target(flow))
             or self._origin(flow, seen)
             or access.framing(headers)
-            or access.size(int(headers.get("content-length", "0")), seen.body_limit_bytes)
+            or (seen.held.announced(int(headers.get("content-length", "0"))) if seen.held else None)
         )
 
     def _client(self, address: str) -> Refusal | None:

@@ -137,16 +137,14 @@ class FleetStream(HttpStream):
         self.client_state = self.state_stream_request_body
 
     def state_consume_request_body(self, event: events.Event) -> Commands:
-        """As the parent, but a body that outgrows the record's limit is answered 413 at once."""
+        """As the parent, but a body that outgrows what it may take is answered at once."""
         if isinstance(event, RequestData):
             rec = record.of(self.flow)
-            size = len(self.request_body_buf) + len(event.data)
-            if rec is not None and rec.body_limit_bytes is not None and size > rec.body_limit_bytes:
+            refusal = rec.held.grow(len(event.data)) if rec is not None and rec.held is not None else None
+            if rec is not None and refusal is not None:
                 self.request_body_buf.clear()
-                too_large = f"the request body is larger than the limit of {rec.body_limit_bytes} bytes"
-                return (
-                    yield from self._answer(errors.response(rec.protocol, 413, too_large, request_id=rec.id))
-                )
+                rec.outcome = "refused"
+                return (yield from self._answer(errors.refused(rec.protocol, refusal, rec.id)))
         yield from super().state_consume_request_body(event)
 
     def state_stream_request_body(self, event: HttpEvent) -> Commands:

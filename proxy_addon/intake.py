@@ -9,6 +9,7 @@ from mitmproxy import http
 
 from proxy_addon import access, errors, record
 from proxy_addon.ask import BadRequest, parse
+from proxy_addon.body_budget import BodyBudget, Held
 from proxy_addon.endpoints import Endpoint, match, protocol_of
 from proxy_addon.reading import Reading, is_short
 from proxy_addon.record import Record
@@ -21,10 +22,12 @@ class Intake:
     def __init__(self, settings: Settings, now: Callable[[], float]) -> None:
         self.settings = settings
         self.now = now
+        self.bodies = BodyBudget(settings.guard.buffered_bytes)
 
     def reconfigure(self, settings: Settings) -> None:
         """Requests that come from now on are served under ``settings``."""
         self.settings = settings
+        self.bodies.reconfigure(settings)
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Open the record: from here on every addon knows what was asked for, and how errors look."""
@@ -33,8 +36,8 @@ class Intake:
         rec.path, rec.endpoint, rec.settings = path, match(path), self.settings
         if (trusted := self.settings.guard.trusted_proxies) and rec.client:
             rec.client = access.behind(rec.client, rec.headers, trusted)
-        if rec.endpoint is None or rec.endpoint.path != "/api/blobs/*":
-            rec.body_limit_bytes = self.settings.guard.body_limit_bytes
+        uploads = rec.endpoint is not None and rec.endpoint.path == "/api/blobs/*" and rec.method == "POST"
+        rec.held = Held(self.bodies, None if uploads else self.settings.guard.body_limit_bytes)
         if rec.endpoint is not None and path.rstrip("/") == rec.endpoint.path != path:
             # A node would redirect, and not to here but past the proxy.
             flow.request.path = rec.endpoint.path + flow.request.path.removeprefix(path)

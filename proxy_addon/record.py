@@ -13,6 +13,7 @@ from mitmproxy import http
 from proxy_addon import defects, heads
 from proxy_addon.admission.waiter import Waiter
 from proxy_addon.ask import Ask
+from proxy_addon.body_budget import Held
 from proxy_addon.endpoints import Endpoint, Protocol
 from proxy_addon.fleet.node import Flight, Node
 from proxy_addon.placement.decision import Decision
@@ -85,7 +86,7 @@ class Record:
     left: bool = False  #: the client has gone
     stream: Stream | None = None  #: set by an addon in place of flow.response, for a streamed answer
     placed: bool = False  #: the flow's address is a node that an addon chose; nothing else may be contacted
-    body_limit_bytes: int | None = None  #: a body that grows beyond is answered 413 at once
+    held: Held | None = None  #: what its body may take of the proxy's memory, and does
     on_left: list[Callable[[], object]] = field(default_factory=list)  #: called when the client leaves
     queued_s: float | None = None  #: how long it waited in the proxy's own line; None: it never stood there
     queue_position: int | None = None  #: its place there when it came, 1 for the first

@@ -333,6 +333,9 @@ class Guard(_Part):
     hosts: Names = Field((), description="Host names that are let through besides this machine's own")
     origins: Names = Field((), description="browser origins besides Ollama's defaults; * matches any text")
     body_limit_bytes: PositiveInt = Field(100 << 20, description="of a request; blobs are not limited")
+    buffered_bytes: PositiveInt = Field(
+        1 << 30, description="of the bodies of all requests under way, in each worker; beyond, 503"
+    )
     head_limit_bytes: PositiveInt = Field(64 << 10, description="of a request's line and headers")
     max_connections: PositiveInt = Field(
         8192, description="of clients at once; beyond, those idle for longest are closed first"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mitmproxy.connection import Client, ConnectionState
 
 from proxy_addon import errors
+from proxy_addon.access import Refusal
 from proxy_addon.lane.framing import Chunked, Follower, FramingError, Length
 from proxy_addon.lane.head import END, answer_bytes, may_become_plain, read_request
 from proxy_addon.lane.upstream import ClientLeft
@@ -30,11 +31,11 @@ DISCARD_LIMIT_BYTES = 256 << 20
 
 
 class BadBody(Exception):
-    """The request's body cannot be read on: ``status`` and the sentence are the answer."""
+    """The request's body cannot be read on: ``refusal`` is the answer."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class ClientConnection(asyncio.Protocol):
@@ -174,18 +175,18 @@ class ClientConnection(asyncio.Protocol):
 
     # -- bodies ---------------------------------------------------------------------------------------
 
-    async def body(self, limit_bytes: int | None) -> bytes:
-        """The whole body of the request under way.
+    async def body(self, grow: Callable[[int], Refusal | None] | None) -> bytes:
+        """The whole body of the request under way. ``grow`` is asked before more of it is held.
 
         Raises:
-            BadBody: it is larger than ``limit_bytes``, too slow, or its framing is broken.
+            BadBody: it may not be held, is too slow, or its framing is broken.
             ClientLeft: the client has gone.
         """
         whole = BytesIO()  # gives its bytes away as they are: joining 100 MB would keep everybody waiting
 
         def collect(data: bytes) -> None:
-            if limit_bytes is not None and whole.tell() + len(data) > limit_bytes:
-                raise BadBody(413, f"the request body is larger than the limit of {limit_bytes} bytes")
+            if grow is not None and (refusal := grow(len(data))) is not None:
+                raise BadBody(refusal)
             whole.write(data)
 
         await self.read(collect)
@@ -225,7 +226,7 @@ class ClientConnection(asyncio.Protocol):
             nonlocal left
             left -= len(data)
             if left < 0:
-                raise BadBody(413, "the request body is too large to be read away")
+                raise BadBody(Refusal(413, "the request body is too large to be read away"))
 
         try:
             await self.read(drop)
@@ -246,7 +247,7 @@ class ClientConnection(asyncio.Protocol):
                 take(payload)
         except FramingError as error:
             self.closing = True  # nobody knows where the next request would begin
-            body.set_exception(BadBody(400, f"the request body is broken: {error}"))
+            body.set_exception(BadBody(Refusal(400, f"the request body is broken: {error}")))
         except BadBody as error:
             self._take = None
             body.set_exception(error)
@@ -328,4 +329,5 @@ class ClientConnection(asyncio.Protocol):
         self.closing = True
         if self._body is not None and not self._body.done():
             limit_s = self.front.settings.timeouts.body_s
-            self._body.set_exception(BadBody(408, f"no more of the request body came within {limit_s:g} s"))
+            slow = Refusal(408, f"no more of the request body came within {limit_s:g} s")
+            self._body.set_exception(BadBody(slow))

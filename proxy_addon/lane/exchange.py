@@ -175,7 +175,7 @@ class Exchange:
             await self._upload()
             return
         rec = record.of(flow)
-        request.data.content = await self.client.body(rec.body_limit_bytes if rec is not None else None)
+        request.data.content = await self.client.body(rec.held.grow if rec and rec.held else None)
         request.data.timestamp_end = time()
         await self._hook(HttpRequestHook)
         if flow.response is not None:
@@ -456,7 +456,9 @@ class Exchange:
     async def _refuse(self, bad: BadBody) -> None:
         rec = record.of(self.flow)
         protocol, request_id = (rec.protocol, rec.id) if rec is not None else ("native", "")
-        await self._instead(errors.response(protocol, bad.status, str(bad), request_id=request_id))
+        if rec is not None:
+            rec.outcome = "refused"
+        await self._instead(errors.refused(protocol, bad.refusal, request_id))
 
     async def _failed(self, defect: Exception) -> None:
         """Something of ours has failed where no hook answers for it."""
