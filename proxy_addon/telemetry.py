@@ -14,10 +14,9 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -29,6 +28,7 @@ from proxy_addon.fleet import coordinators
 from proxy_addon.fleet.node import Fleet
 from proxy_addon.record import Record
 from proxy_addon.reload import Outcome
+from proxy_addon.totals import Spread, Total
 
 NO_HOST = "none"  #: the request reached no node
 OTHER = "other"
@@ -89,45 +89,42 @@ class Telemetry:
         self.under_way: Callable[[], int] = int  #: how many requests have begun and not ended
         self.tasks: Callable[[], int] = int  #: how many tasks the loop has
         self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "sollol_requests", "Requests that ended.", ("host", "model", "status"), registry=registry
-        )
-        self._duration = Histogram(
+        self._requests = Total("sollol_requests", "Requests that ended.", ("host", "model", "status"))
+        self._duration = Spread(
             "sollol_request_duration_seconds",
             "Time from a request's head to its answer's end, other nodes' failures included.",
             ("host",),
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
+            DURATION_BUCKETS_S,
         )
-        self._first_byte = Histogram(
+        self._first_byte = Spread(
             "sollol_time_to_first_byte_seconds",
             "Time from a request's head to its answer's first byte.",
             ("host",),
-            buckets=FIRST_BYTE_BUCKETS_S,
-            registry=registry,
+            FIRST_BYTE_BUCKETS_S,
         )
+        registry.register(self._requests)
+        registry.register(self._duration)
+        registry.register(self._first_byte)
         self._retries = Counter(
             "sollol_retries", "Attempts that were followed by another one.", ("reason",), registry=registry
         )
-        self._queue_wait = Histogram(
+        self._queue_wait = Spread(
             "sollol_queue_wait_seconds",
             "Time in the proxy's line, of requests that were for a node; 0 of those that found a slot free.",
             ("priority",),
-            buckets=QUEUE_WAIT_BUCKETS_S,
-            registry=registry,
+            QUEUE_WAIT_BUCKETS_S,
         )
+        registry.register(self._queue_wait)
         self._refused = Counter(
             "sollol_admission_refused",
             "Requests over a limit: queue_full, max_wait, in_flight, rate, shutdown.",
             ("reason",),
             registry=registry,
         )
-        self._decisions = Counter(
-            "sollol_decisions", "Placements decided.", ("host", "policy"), registry=registry
-        )
-        self._tokens = Counter(
-            "sollol_tokens", "Tokens as the nodes counted them.", ("host", "model", "kind"), registry=registry
-        )
+        self._decisions = Total("sollol_decisions", "Placements decided.", ("host", "policy"))
+        self._tokens = Total("sollol_tokens", "Tokens as the nodes counted them.", ("host", "model", "kind"))
+        registry.register(self._decisions)
+        registry.register(self._tokens)
         self._hook_errors = Counter(
             "sollol_hook_errors", "Exceptions in the proxy's own code.", ("hook",), registry=registry
         )
@@ -152,13 +149,6 @@ class Telemetry:
             registry=registry,
         )
         self._last_reload.set(1)
-        # Looking a counter up by its labels takes prometheus-client longer than counting.
-        self._requests_of = cache(self._requests.labels)
-        self._decisions_of = cache(self._decisions.labels)
-        self._tokens_of = cache(self._tokens.labels)
-        self._duration_of = cache(self._duration.labels)
-        self._first_byte_of = cache(self._first_byte.labels)
-        self._queue_wait_of = cache(self._queue_wait.labels)
         build = Gauge("sollol_build_info", "Versions.", ("version", "mitmproxy", "python"), registry=registry)
         build.labels(version("sollol"), version("mitmproxy"), platform.python_version()).set(1)
         registry.register(
@@ -172,22 +162,22 @@ class Telemetry:
             return
         host = record.attempts[-1].node if record.attempts else NO_HOST
         model = self._model(record.ask.key if record.ask else "")
-        self._requests_of(host, model, STATUS.get(record.outcome or "", "failure")).inc()
+        self._requests.add((host, model, STATUS.get(record.outcome or "", "failure")))
         for decision in record.decisions:
-            self._decisions_of(decision.node or NO_HOST, decision.policy).inc()
+            self._decisions.add((decision.node or NO_HOST, decision.policy))
         self._tally(record)
         if host == NO_HOST:
             return
         self.finished += 1
         if record.ask is not None and record.waiter is not None:
-            self._queue_wait_of(str(record.ask.priority)).observe(record.queued_s or 0.0)
+            self._queue_wait.add((str(record.ask.priority),), record.queued_s or 0.0)
         if record.outcome == "ok":
-            self._duration_of(host).observe(record.ended_s - record.started_s)
+            self._duration.add((host,), record.ended_s - record.started_s)
         if record.first_byte_s is not None:
-            self._first_byte_of(host).observe(record.first_byte_s - record.started_s)
+            self._first_byte.add((host,), record.first_byte_s - record.started_s)
         if record.stats:
-            self._tokens_of(host, model, "prompt").inc(record.stats.prompt_tokens or 0)
-            self._tokens_of(host, model, "output").inc(record.stats.output_tokens or 0)
+            self._tokens.add((host, model, "prompt"), record.stats.prompt_tokens or 0)
+            self._tokens.add((host, model, "output"), record.stats.output_tokens or 0)
 
     def retried(self, reason: str) -> None:
         """Count a retry; ``reason`` is the retry table's word."""
@@ -236,7 +226,10 @@ class Telemetry:
 
     def _model(self, key: str) -> str:
         """The label for a canonical name: clients can make up any number of names."""
-        return names.display(key) if any(key in node.models for node in self.fleet) else OTHER if key else ""
+        for node in self.fleet:
+            if key in node.models:
+                return names.display(key)
+        return OTHER if key else ""
 
 
 class _FleetCollector(Collector):
