@@ -42,11 +42,16 @@ class Held:
         return self._refusal(size_bytes) if self._limit_bytes is not None else None
 
     def grow(self, more_bytes: int) -> Refusal | None:
-        """Hold ``more_bytes`` as well, or say why they cannot be."""
+        """Hold ``more_bytes`` as well, or say why they cannot be; then nothing of the body is held any more.
+
+        It is given back at once: others grow at the same moment, and one that is refused makes room for them.
+        """
         refusal = self._refusal(more_bytes)
         if refusal is None:
             self._bytes += more_bytes
             self._budget.held_bytes += more_bytes
+        else:
+            self.let_go()
         return refusal
 
     def let_go(self) -> None:

@@ -40,7 +40,7 @@ def test_what_the_example_comments_out_are_the_defaults(tmp_path: Path) -> None:
         assert name == "placement" or getattr(whole, name).model_fields_set == set(
             getattr(whole, name).model_dump()
         )
-    for name in ("hosts", "body_limit_bytes", "any_11434"):
+    for name in ("hosts", "body_limit_bytes", "buffered_bytes", "any_11434"):
         assert getattr(whole.guard, name) == getattr(default.guard, name)
 
 

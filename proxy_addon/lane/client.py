@@ -186,6 +186,7 @@ class ClientConnection(asyncio.Protocol):
 
         def collect(data: bytes) -> None:
             if grow is not None and (refusal := grow(len(data))) is not None:
+                whole.close()
                 raise BadBody(refusal)
             whole.write(data)
 

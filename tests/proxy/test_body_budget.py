@@ -47,8 +47,17 @@ def test_what_is_let_go_of_is_there_for_others() -> None:
     assert other.grow(40) is None
     one.let_go()
     one.let_go()
-    assert budget.held_bytes == 40
+    assert Held(budget, 100).announced(61) is not None
     assert Held(budget, 100).grow(60) is None
+
+
+def test_of_two_that_grow_past_it_together_one_goes_on() -> None:
+    """Who is refused gives back what it had at once, not when its answer is written."""
+    budget = BodyBudget(100)
+    one, other = Held(budget, 100), Held(budget, 100)
+    assert (one.grow(50), other.grow(50)) == (None, None)
+    assert one.grow(10) is not None
+    assert other.grow(50) is None
 
 
 def test_what_is_announced_is_checked_and_does_not_count() -> None:
