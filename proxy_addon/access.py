@@ -108,7 +108,7 @@ def target(
 
 def loop(headers: Mapping[str, str], proxy_id: str) -> Refusal | None:
     """508 for a request that this very proxy has sent."""
-    if family(proxy_id) not in _hops(headers):
+    if HOPS_HEADER not in headers or family(proxy_id) not in _hops(headers):
         return None
     return Refusal(
         508,

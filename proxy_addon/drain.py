@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -52,7 +51,7 @@ class Drain:
         self._late = False  #: the limit has passed: nothing is begun any more
         self._cut = cut
         self._open: dict[str, str] = {}  # id of the flow → id of the client
-        self._busy: Counter[str] = Counter()  # ids of clients with flows
+        self._busy: dict[str, int] = {}  # ids of clients with flows → how many
         self._clients: dict[str, Client] = {}  # of mitmproxy's layers
         self._gone = asyncio.Event()  #: set once nobody is connected
 
@@ -84,8 +83,9 @@ class Drain:
                 rec.protocol, 503, TEXT, request_id=rec.id, headers={"retry-after": "2"}
             )
             return
-        self._open[flow.id] = flow.client_conn.id
-        self._busy[flow.client_conn.id] += 1
+        client_id = flow.client_conn.id
+        self._open[flow.id] = client_id
+        self._busy[client_id] = self._busy.get(client_id, 0) + 1
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The next request must come on a new connection, which another process takes."""
@@ -105,8 +105,8 @@ class Drain:
         client_id = self._open.pop(flow.id, None)
         if client_id is None:
             return
-        self._busy[client_id] -= 1
-        if not self._busy[client_id]:
+        self._busy[client_id] = left = self._busy[client_id] - 1
+        if not left:
             del self._busy[client_id]
             self._close_when_idle(client_id)
 

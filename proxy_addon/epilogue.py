@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from mitmproxy import http
 
@@ -67,33 +66,29 @@ class Epilogue:
                 self.suspect(node)
             if outcome == "ok" and rec.ask is not None and rec.sent_s is not None:
                 first_byte_s = (rec.first_byte_s or now_s) - rec.sent_s
-                learn = partial(
-                    self.dispatch.speeds.observe,
-                    node,
-                    rec.ask,
-                    rec.stats,
-                    first_byte_s,
-                    now_s - rec.sent_s,
-                    company.sequences,
-                    now_s,
-                    runners=company.runners,
-                    cached_tokens=flight.cached_tokens,
-                    lone=flight.lone,
-                )
-                _guarded(learn, rec)
+                try:
+                    self.dispatch.speeds.observe(
+                        node,
+                        rec.ask,
+                        rec.stats,
+                        first_byte_s,
+                        now_s - rec.sent_s,
+                        company.sequences,
+                        now_s,
+                        runners=company.runners,
+                        cached_tokens=flight.cached_tokens,
+                        lone=flight.lone,
+                    )
+                except Exception as defect:  # noqa: BLE001 - what others keep must not depend on it
+                    defects.report(defect, "observer", rec.id)
         for observer in self.observers:
-            _guarded(partial(observer, rec), rec)
+            try:
+                observer(rec)
+            except Exception as defect:  # noqa: BLE001 - nor on each other
+                defects.report(defect, "observer", rec.id)
 
 
 def _drop_body(rec: Record) -> None:
     """Its body is not needed any more: whoever carries the flow forgets it now."""
     if rec.held is not None:
         rec.held.let_go()
-
-
-def _guarded(tell: Callable[[], object], rec: Record) -> None:
-    """Tell one of those who learn of an end; what the others keep must not depend on it."""
-    try:
-        tell()
-    except Exception as defect:  # noqa: BLE001
-        defects.report(defect, "observer", rec.id)

@@ -83,9 +83,9 @@ class Flight:
         node, key = self.node, self.ask.key
         node.flights.discard(self)
         node.work_s = node.work_s - self._work_s if node.flights else 0.0
-        node.in_use[key] -= 1
-        if not node.in_use[key]:
-            del node.in_use[key]
+        node.in_use[key] = left = node.in_use[key] - 1
+        if not left:
+            node.in_use.pop(key)
 
     def _changed(self) -> None:
         """Let other proxies hear of it."""
@@ -224,8 +224,9 @@ class Node:
             self.prefixes.forget(key)
 
     def _count(self, flight: Flight) -> None:
+        key = flight.ask.key
         self.flights.add(flight)
-        self.in_use[flight.ask.key] += 1
+        self.in_use[key] = self.in_use.get(key, 0) + 1  # what is missing is slow to find in a Counter itself
         self.work_s += flight._work_s
         self.turn = next(_TURNS)
 
@@ -243,7 +244,7 @@ class Node:
         """Let decisions see a request here that may come in ``kept_s``, until its handle is cancelled."""
         flight = Flight(self, ask, now_s, expected_s, None, load, service_s, evicts, need_bytes, kept_s)
         self.flights.add(flight)
-        self.in_use[ask.key] += 1
+        self.in_use[ask.key] = self.in_use.get(ask.key, 0) + 1
         self.work_s += flight._work_s
         return flight
 

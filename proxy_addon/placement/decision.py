@@ -89,13 +89,14 @@ class Decision:
 
         ``remark`` is added to the reason; it is all of it where nobody is chosen.
         """
-        made = cls(policy, None, (), remark, awaits, ask)
+        made = cls.__new__(cls)
+        made.policy, made.how, made.ask, made.rows, made.costs = policy, how, ask, rows, costs
+        made.out, made.remark, made.awaits, made.left = out, remark, awaits, left
+        made.node = made.row = made._chosen = made._candidates = None
         if chosen is not None:
             made.row = row = rows[chosen]
             made.node = row.node
             made._chosen = Candidate(row.node, None, costs[chosen], how.terms(ask, row), row.notes)
-        made.rows, made.costs, made.left = rows, costs, left
-        made.how, made.out, made._candidates = how, out, None
         return made
 
     @property
