@@ -84,7 +84,7 @@ class Bench:
         """Streams side by side; heads and ends included."""
         request = one.subject.api.stream(CHUNKS, CHUNKS_PER_S)
         limit_s = CLIENT_LIMIT_S / 2  # ollama-herd takes one after the other
-        # Begun one after the other, each a little later within the time of a chunk: streams of different people
+        # Begun one after the other, each a bit later within the time of a chunk: streams of different people
         # do not tick together, and a proxy must wake for each piece, not for all of them at once.
         ramp_s = (self.plan.streams + 1) / CHUNKS_PER_S
         task = StreamTask(
