@@ -16,13 +16,16 @@ from mitmproxy.addonmanager import AddonManager
 
 log = logging.getLogger(__name__)
 
+#: A hook, and what is to be called where it raises, if it is one of ours: one frame less for each.
+Entry = tuple[Callable[..., Any], Callable[..., Any] | None]
+
 
 class LeanAddons(AddonManager):
     """Triggers events through a table of hooks, made anew whenever an addon comes or goes."""
 
     def __init__(self, master: Any) -> None:
         super().__init__(master)  # type: ignore[no-untyped-call]
-        self._table: dict[type[hooks.Hook], list[Callable[..., Any]]] = {}
+        self._table: dict[type[hooks.Hook], list[Entry]] = {}
 
     def register(self, addon: Any) -> Any:
         """As the parent."""
@@ -54,18 +57,32 @@ class LeanAddons(AddonManager):
         if found:
             await self._run(found, event.name, (argument,))
 
-    def _find(self, event: hooks.Hook) -> list[Callable[..., Any]]:
-        return [hook for addon in self.chain for _, hook in self._iter_hooks(addon, event)]
+    def _find(self, event: hooks.Hook) -> list[Entry]:
+        found = [hook for addon in self.chain for _, hook in self._iter_hooks(addon, event)]
+        return [(getattr(hook, "bare", hook), getattr(hook, "failed", None)) for hook in found]
 
-    async def _run(self, found: list[Callable[..., Any]], name: str, arguments: Sequence[Any]) -> None:
-        for hook in found:
+    async def _run(self, found: list[Entry], name: str, arguments: Sequence[Any]) -> None:
+        for hook, failed in found:
             try:
                 result = hook(*arguments)
                 if result is not None and isawaitable(result):
                     await result
-            except exceptions.AddonHalt:
-                return
-            except exceptions.OptionsError:
-                raise
-            except Exception:  # the outermost boundary of a hook; ours end before (protect.py)
-                log.exception("the hook %s of an addon failed", name)
+            except Exception as raised:  # the outermost boundary of a hook
+                if failed is not None:
+                    await _instead(failed, name, arguments)
+                elif isinstance(raised, exceptions.AddonHalt):
+                    return
+                elif isinstance(raised, exceptions.OptionsError):
+                    raise
+                else:
+                    log.exception("the hook %s of an addon failed", name)
+
+
+async def _instead(failed: Callable[..., Any], name: str, arguments: Sequence[Any]) -> None:
+    """What :mod:`proxy_addon.protect` has in place of a hook that has raised."""
+    try:
+        pending = failed(*arguments)
+        if pending is not None:
+            await pending
+    except Exception:
+        log.exception("what is done instead of a failed hook %s failed", name)

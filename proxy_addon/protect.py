@@ -88,6 +88,8 @@ def _wrap(addon: Any, name: str, on_error: Callable[[str], None], sent_by: SentB
             return failed(subject)  # whoever calls hooks awaits what they return
         return None if rest is None else awaited(rest, subject)
 
+    # For whoever calls many hooks and catches what they raise anyway (lean_addons.py).
+    protected.bare, protected.failed = hook, failed  # type: ignore[attr-defined]
     return protected
 
 

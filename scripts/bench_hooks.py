@@ -170,6 +170,7 @@ def _node(index: int) -> Node:
 def _hooks(addon: Any, event: str) -> list[Callable[[Any], Any]]:
     inner = [hook for each in getattr(addon, "addons", ()) for hook in _hooks(each, event)]
     hook = getattr(addon, event, None)
+    hook = getattr(hook, "bare", hook)  # as lean_addons.py calls it
     return [hook, *inner] if callable(hook) else inner
 
 
