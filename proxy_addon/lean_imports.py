@@ -25,7 +25,7 @@ class _Lean(ModuleType):
             raise AttributeError(name)
         if find_spec(f"{NAME}.{name}") is not None:
             return import_module(f"{NAME}.{name}")
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         spec.loader.exec_module(self)
         return getattr(self, name)
 
