@@ -384,7 +384,7 @@ class Settings(_Part):
     signed_in_node: str | None = Field(None, description="host:port; push and cloud models go there")
     splice: bool = Field(
         True,
-        description="plain HTTP/1.1 past mitmproxy's layers, bodies from socket to socket; see performance.md",
+        description="plain HTTP/1.1 past mitmproxy's layers, bodies socket to socket; see performance.md",
     )
     workers: int = Field(1, ge=1, le=64, description="processes that share the port; see operations.md")
     timeouts: Timeouts = Timeouts()

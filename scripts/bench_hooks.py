@@ -29,6 +29,8 @@ from mitmproxy.proxy.mode_specs import ProxyMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench_decision import GIB, report
+
 from agent.ollama import names
 from agent.report import Model, Resident
 from proxy_addon import record
@@ -36,7 +38,6 @@ from proxy_addon.fleet.node import Node
 from proxy_addon.launcher import LeanMaster
 from proxy_addon.relay import Tee
 from proxy_addon.settings import Settings
-from scripts.bench_decision import GIB, report
 
 MODEL = "llama3.2"
 REQUESTS = 2000

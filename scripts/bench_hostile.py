@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import aiohttp
 import orjson
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.hostile import behaviours, bodies, forms, framing, heads
 from tests.hostile.process import Proxy, proxy_process
-from tests.hostile.wire import converse
+from tests.hostile.wire import BOUND_S, converse
 
 RATE_S = 40.0
 SLOTS = 64
@@ -39,7 +40,11 @@ OTHER = (
     "other"  #: a model of a second node, so that streams which are not read take no slot of the well-behaved
 )
 VRAM_BYTES = 1 << 40  #: so that the context of every slot fits
-CHAT = {"model": "llama3.2", "stream": False, "messages": [{"role": "user", "content": "[[n:1]] hi"}]}
+CHAT: dict[str, Any] = {
+    "model": "llama3.2",
+    "stream": False,
+    "messages": [{"role": "user", "content": "[[n:1]] hi"}],
+}
 NODE = ("-m", "tests.fakes.ollama_node", "--port", "0", "--no-record", "--uvloop", "--time-scale", "1")
 
 Behave = Callable[[int], Awaitable[object]]
@@ -68,22 +73,22 @@ def sent(*attacks: bytes) -> Behave:
 async def idle(port: int) -> None:
     """A connection, and no more."""
     async with behaviours.connected(port):
-        await asyncio.sleep(behaviours.BOUND_S - 1)
+        await asyncio.sleep(BOUND_S - 1)
 
 
 async def reads_nothing(port: int) -> None:
     """A long stream that is not read."""
     body = {"model": OTHER, "messages": [{"role": "user", "content": "[[n:100000]]"}]}
     async with behaviours.connected(port) as (_, writer):
-        writer.transport.pause_reading()
+        cast(asyncio.Transport, writer.transport).pause_reading()
         writer.write(forms.sized(orjson.dumps(body)))
-        await asyncio.sleep(behaviours.BOUND_S - 1)
+        await asyncio.sleep(BOUND_S - 1)
 
 
 async def pipelines(port: int) -> None:
     """A thousand requests in one go, none of whose answers is read."""
     async with behaviours.connected(port) as (_, writer):
-        writer.transport.pause_reading()
+        cast(asyncio.Transport, writer.transport).pause_reading()
         writer.write(forms.head("GET /api/version HTTP/1.1") * 1000)
         await asyncio.sleep(1)
 
@@ -155,7 +160,8 @@ async def well_behaved(proxy: Proxy, seconds: float) -> list[float]:
                 assert answer.status == 200, said
             latencies.append((time.perf_counter() - begun_s) * 1e3)
 
-        asked, begun_s = [], time.perf_counter()
+        asked: list[asyncio.Task[None]] = []
+        begun_s = time.perf_counter()
         while (due_s := len(asked) / RATE_S) < seconds:
             await asyncio.sleep(begun_s + due_s - time.perf_counter())
             asked.append(asyncio.create_task(one()))
