@@ -31,6 +31,7 @@ from mitmproxy.proxy.server_hooks import (
 )
 
 from proxy_addon import defects, errors, record, relay
+from proxy_addon.endpoints import Handling
 from proxy_addon.heads import first
 from proxy_addon.http_stream import (
     CONNECT_CANCELLED,
@@ -186,17 +187,19 @@ class Exchange:
             # A hook has failed: without a placement the request must go nowhere.
             await self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
         else:
-            while (upstream := await self._connected()) is not None:
+            # Its node may just have closed a kept connection: what must not be sent twice gets its own.
+            fresh = rec.endpoint is None or rec.endpoint.handling is not Handling.ROUTE
+            while (upstream := await self._connected(fresh)) is not None:
                 self._send(upstream)
                 if await self._answered(upstream, upstream.head(request.method)):
                     return
 
     # -- attempts -------------------------------------------------------------------------------------
 
-    async def _connected(self, fresh: bool = False) -> Upstream | None:
+    async def _connected(self, fresh: bool) -> Upstream | None:
         """A connection to the chosen node, or to the next one; None where there is an answer instead.
 
-        ``fresh``: none that has been used, whose node may just have closed it.
+        ``fresh``: none that has been used.
         """
         request = self.flow.request
         while True:
@@ -331,6 +334,8 @@ class Exchange:
         begin = answer_bytes(response, chunked=chunked, close=self._closes())
         out = tee(bytes(held)) or b"" if held else b""
         if not upstream.ended:
+            if self.client.left:
+                raise ClientLeft
             self._begun = True
             self.client.write(begin + (chunk(out) if chunked else out))
             self._splice = Splice(upstream, self.client.transport.write, tee, chunked=chunked)

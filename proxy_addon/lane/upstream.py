@@ -50,6 +50,7 @@ class Upstream(asyncio.Protocol):
         self._clean = False  # the node has ended its side in order
         self._buffer = b""
         self._paused = False
+        self._unwanted = False  # the client has left
         self._waiter: asyncio.Future[None] | None = None
         self._on_gone = on_gone
 
@@ -190,7 +191,8 @@ class Upstream(asyncio.Protocol):
         self.transport.abort()
 
     def interrupt(self) -> None:
-        """Raise ClientLeft in whoever waits here."""
+        """Raise ClientLeft in whoever waits here, now or next."""
+        self._unwanted = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ClientLeft())
 
@@ -215,7 +217,9 @@ class Upstream(asyncio.Protocol):
             raise Lost(f"the answer's framing is broken: {error}") from error
 
     async def _more(self) -> None:
-        """Wait until something has come. Raises Lost where nothing will."""
+        """Wait until something has come. Raises Lost where nothing will, ClientLeft where nobody wants it."""
+        if self._unwanted:
+            raise ClientLeft
         if self._gone is not None:
             if self._clean and self._follower is not None:
                 try:

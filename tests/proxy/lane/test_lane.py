@@ -148,3 +148,16 @@ async def test_a_request_in_pieces_is_one(proxy: RunningProxy) -> None:
         client.writer.write(bytes([byte]))
         await client.writer.drain()
     assert check_stream(text_of((await client.answer())[2]), "[[id:a]] [[n:5]]") == 5
+
+
+async def test_what_must_not_be_sent_twice_gets_a_connection_of_its_own(
+    proxy: RunningProxy, node: FakeOllama
+) -> None:
+    """A node may close a kept connection at the very moment at which the proxy uses it."""
+    client = await Client.to(proxy)
+    client.writer.write(chat("a"))
+    await client.answer()
+    before = node.server.accepted
+    client.writer.write(request_bytes("/api/create", {"model": "new", "from": "llama3.2"}))
+    assert (await client.answer())[0] == 200
+    assert node.server.accepted > before

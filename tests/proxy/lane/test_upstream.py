@@ -140,3 +140,14 @@ async def test_a_client_that_leaves_ends_the_wait(serve: Serve) -> None:
     upstream.interrupt()
     with pytest.raises(ClientLeft):
         await waiting
+
+
+async def test_a_client_that_leaves_between_two_pieces_ends_the_next_wait(serve: Serve) -> None:
+    upstream = await serve(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart")
+    upstream.send(ASK)
+    await upstream.head("GET")
+    assert await upstream.payload() == b"part"
+    upstream.interrupt()
+    with pytest.raises(ClientLeft):
+        async with asyncio.timeout(10):
+            await upstream.payload()
