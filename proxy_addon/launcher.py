@@ -53,8 +53,10 @@ class LeanMaster(master.Master):
         self.addons = LeanAddons(self)
         self.sollol = Sollol(settings, worker)
         startup = errorcheck.ErrorCheck()
-        # It ends the process for any error logged meanwhile; only what mitmproxy cannot do is a reason to.
+        # It ends the process for any error logged meanwhile; only what mitmproxy cannot do is a reason to,
+        # not what its Master says of other people's tasks.
         startup.logger.addFilter(logging.Filter("mitmproxy"))
+        startup.logger.addFilter(lambda logged: logged.name != "mitmproxy.master")
         server = proxyserver.Proxyserver()
         self.addons.add(  # type: ignore[no-untyped-call]
             core.Core(),

@@ -29,14 +29,16 @@ HOLD_LINE_BYTES = 64 << 10
 Framing = Literal["ndjson", "sse", "whole", "opaque"]
 Verdict = Literal["wait", "release", "first_line", "empty"]
 
-#: What the end of a complete stream contains. Escaped quotes cannot match inside a JSON string.
+#: What the end of a complete stream contains. Escaped quotes cannot match inside a JSON string; an error that
+#: is null is none (every event of /v1/responses has one).
+_ERROR = rb'"error"\s*:\s*[{"]'
 _END = {
-    "/api/generate": rb'"done"\s*:\s*true|"error"\s*:',
-    "/api/chat": rb'"done"\s*:\s*true|"error"\s*:',
-    "/v1/chat/completions": rb"data: \[DONE\]|\"error\"\s*:",
-    "/v1/completions": rb"data: \[DONE\]|\"error\"\s*:",
-    "/v1/responses": rb"response\.(completed|failed|incomplete)|\"error\"\s*:",
-    "/v1/messages": rb"message_stop|event: error",
+    "/api/generate": rb'"done"\s*:\s*true|' + _ERROR,
+    "/api/chat": rb'"done"\s*:\s*true|' + _ERROR,
+    "/v1/chat/completions": rb"data: \[DONE\]|" + _ERROR,
+    "/v1/completions": rb"data: \[DONE\]|" + _ERROR,
+    "/v1/responses": rb'(?:event: |"type"\s*:\s*")response\.(?:completed|failed|incomplete)|' + _ERROR,
+    "/v1/messages": rb'(?:event: |"type"\s*:\s*")message_stop|event: error|' + _ERROR,
 }
 END = {path: re.compile(pattern) for path, pattern in _END.items()}
 

@@ -69,15 +69,18 @@ class Splice:
 
     def _pass(self, data: bytes) -> None:
         raw = self._raw
-        if self._between and raw is not None:
+        while raw is not None and not self._between and data and not raw.ended:
+            # In the middle of a chunk: behind it the chunks can go out as they come again.
+            size = raw.step(data)
+            self._send(raw.feed(data[:size]))
+            data, self._between = data[size:], raw.between
+        if raw is not None and self._between:
             data = self._passed(raw, self._held + data)
-            if not data:
-                return
-        follower = self._follower
-        self._send(follower.feed(data))
-        if follower.ended:
+        if data:
+            self._send(self._follower.feed(data))
+            self._between = raw is not None and raw.between
+        if self._follower.ended:
             self._end()
-        self._between = raw is not None and raw.between
 
     def _send(self, payload: bytes) -> None:
         out = self._tee(payload) if payload else b""

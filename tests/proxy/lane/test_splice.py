@@ -108,3 +108,16 @@ async def test_a_client_that_leaves_ends_it() -> None:
     spliced.interrupt()
     with pytest.raises(ClientLeft):
         await spliced.run()
+
+
+@given(st.integers(1, 40), st.integers(0, 39))
+async def test_chunks_stay_what_they_were_behind_one_that_came_in_pieces(lines: int, cut_at: int) -> None:
+    """A client that is read in large pieces still gets its tokens one by one."""
+    wire, spliced, _ = splice()
+    first = chunk(b'{"response":"in two pieces"}\n')
+    rest = chunk(b'{"response":"whole"}\n') * lines
+    wire.follower.feed(first[:cut_at])  # as while the answer's beginning was held back
+    again = Splice(wire, wire.write, spliced._tee, chunked=True)  # type: ignore[arg-type]
+    again.data(first[cut_at:] + rest + END)
+    await again.run()
+    assert wire.sent.endswith(rest)
