@@ -306,7 +306,7 @@ def read_manifest(root: Path, name: str, path: Path) -> StoredModel:
         entries = [_layer(layer) for layer in layers]
         config_digest = _hex(config["digest"]) if config.get("digest") else ""
         config_bytes = int(config.get("size") or 0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise NotStored(f"{name}: its manifest has a layer that is none ({error}); pull it again") from error
     return StoredModel(
         root=root,

@@ -142,6 +142,7 @@ layers = st.fixed_dictionaries({key: json_values | st.just(value) for key, value
 
 
 @given(json_values | layers, st.lists(json_values | layers, max_size=3))
+@example(config={**LAYER, "size": float("inf")}, of=[])
 def test_layers_of_any_kind_are_read_or_refused(folder: Path, config: Any, of: list[Any]) -> None:
     read_stored(folder, json.dumps({"config": config, "layers": of}).encode())
 

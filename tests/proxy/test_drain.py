@@ -36,6 +36,8 @@ async def proxy_process(
         "--set", "discovery.mdns=false", "--set", "discovery.ollama_host=false",
         *(part for each in sets for part in ("--set", each)),
         stderr=asyncio.subprocess.PIPE,
+        # A shell's background jobs ignore SIGINT, and the proxy would go on to.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stderr
     try:
@@ -58,6 +60,8 @@ async def closed(url: str) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:  # it came at the very moment of the closing
+                continue
             writer.close()
             await asyncio.sleep(0.01)
 
