@@ -231,7 +231,7 @@ class FleetStream(HttpStream):
             return False
         if rec is None or not rec.placed:
             # A hook failed and mitmproxy logged it: without a placement the request must go nowhere.
-            yield from self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+            yield from self._answer(own_failure(self.flow))
             return False
         while True:
             conn, err = yield GetHttpConnection(
@@ -379,7 +379,7 @@ class FleetStream(HttpStream):
         if not self._answered and self.server_state not in (self.state_stream_response_body, self.state_done):
             if rec is not None:
                 rec.outcome = "failed"
-            yield from self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+            yield from self._answer(own_failure(self.flow))
             return
         tail = relay.cut(self.flow, errors.OWN_FAULT)
         if tail is not None:
@@ -421,11 +421,17 @@ def final_answer(failure: Failure) -> http.Response:
     """The client's answer to a failure that is not retried; a policy that gave none has failed itself."""
     if failure.response is not None:
         return failure.response
-    rec = record.of(failure.flow)
-    protocol, request_id = (rec.protocol, rec.id) if rec else ("native", "")
     if failure.phase == "first_line":  # the node's own words, which the policy lets stand
+        rec = record.of(failure.flow)
+        protocol, request_id = (rec.protocol, rec.id) if rec else ("native", "")
         return errors.response(protocol, failure.status or 500, failure.detail, request_id=request_id)
-    return errors.internal(protocol, request_id)
+    return own_failure(failure.flow)
+
+
+def own_failure(flow: http.HTTPFlow) -> http.Response:
+    """The client's answer where SOLLOL itself failed."""
+    rec = record.of(flow)
+    return errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
 
 
 _FROM_UPSTREAM = (

@@ -14,8 +14,9 @@ from proxy_addon.access import Refusal
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _LINE = re.compile(rb"%b ([^\x00-\x20\x7f]+) HTTP/(1\.[01])\r\n" % _TOKEN)
-#: Values are visible text, spaces and tabs, and bytes beyond ASCII (RFC 9110 §5.5).
-_FIELDS = re.compile(rb"(?:%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n" % _TOKEN)
+#: All fields and the empty line behind them. Values are visible text, spaces and tabs, and bytes beyond ASCII
+#: (RFC 9110 §5.5).
+FIELDS = re.compile(rb"(?:%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n" % _TOKEN)
 _HOST = re.compile(rb"\r\nhost:", re.IGNORECASE)
 #: Where a head ends for a parser that takes a bare LF for a line's end; so nothing hides behind one.
 _END = re.compile(rb"\n\r?\n")
@@ -48,7 +49,7 @@ def refusal(head: bytes) -> Refusal | None:
     How the body is framed is another matter: mitmproxy judges that strictly, and :func:`access.framing`.
     """
     line = _LINE.match(head)
-    if line is not None and _FIELDS.fullmatch(head, line.end()):
+    if line is not None and FIELDS.fullmatch(head, line.end()):
         hosts = len(_HOST.findall(head))
         if hosts == 1:
             return None

@@ -18,6 +18,7 @@ from proxy_addon.access import Refusal
 from proxy_addon.lane.framing import Chunked, Follower, FramingError, Length
 from proxy_addon.lane.head import END, answer_bytes, may_become_plain, read_request
 from proxy_addon.lane.upstream import ClientLeft
+from proxy_addon.strict_head import too_large
 
 if TYPE_CHECKING:
     from proxy_addon.lane.exchange import Exchange
@@ -120,8 +121,7 @@ class ClientConnection(asyncio.Protocol):
         end = self._buffer.find(END)
         settings = self.front.settings
         if (end if end >= 0 else len(self._buffer)) > settings.guard.head_limit_bytes:
-            limit = settings.guard.head_limit_bytes
-            self.refuse(431, f"the request's line and headers are larger than {limit} bytes")
+            self.refuse(too_large(settings.guard.head_limit_bytes))
             return
         if end < 0:
             self.resume()  # it may have been read ahead of an answer up to the middle of this head
@@ -166,9 +166,9 @@ class ClientConnection(asyncio.Protocol):
         self._disarm()
         self.front.hand_over(self, self._buffer)
 
-    def refuse(self, status: int, sentence: str) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         """Answer what never became a request, and close."""
-        answer = errors.response("native", status, sentence)
+        answer = errors.refused("native", refusal)
         self.write(answer_bytes(answer, close=True) + (answer.raw_content or b""))
         self._buffer = b""
         self.close()
@@ -324,7 +324,8 @@ class ClientConnection(asyncio.Protocol):
         self.front.deadlines.clear(self)
 
     def _too_slow(self) -> None:
-        self.refuse(408, f"no whole request within {self.front.settings.timeouts.head_s:g} s")
+        limit_s = self.front.settings.timeouts.head_s
+        self.refuse(Refusal(408, f"no whole request within {limit_s:g} s"))
 
     def _body_too_slow(self) -> None:
         self.closing = True

@@ -41,6 +41,7 @@ from proxy_addon.http_stream import (
     SollolFailureHook,
     SollolNextChunkHook,
     final_answer,
+    own_failure,
 )
 from proxy_addon.lane.client import BadBody, ClientConnection
 from proxy_addon.lane.framing import END, Length, UntilClose, chunk
@@ -185,7 +186,7 @@ class Exchange:
             await self._serve(rec.stream)
         elif rec is None or not rec.placed:
             # A hook has failed: without a placement the request must go nowhere.
-            await self._answer(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+            await self._answer(own_failure(flow))
         else:
             # Its node may just have closed a kept connection: what must not be sent twice gets its own.
             fresh = rec.endpoint is None or rec.endpoint.handling is not Handling.ROUTE
@@ -474,7 +475,7 @@ class Exchange:
             return
         if rec is not None:
             rec.outcome = "failed"
-        await self._instead(errors.internal(rec.protocol if rec else "native", rec.id if rec else ""))
+        await self._instead(own_failure(self.flow))
 
     async def _instead(self, response: http.Response) -> None:
         """Give ``response``, if the client has seen nothing else; if it has, all that is left is to close."""

@@ -16,6 +16,7 @@ from mitmproxy.connection import Client, ConnectionState
 from mitmproxy.proxy import mode_specs
 from mitmproxy.proxy.mode_servers import ServerInstance
 
+from proxy_addon.access import Refusal
 from proxy_addon.deadlines import Deadlines
 from proxy_addon.lane.client import ClientConnection
 from proxy_addon.lane.exchange import Exchange
@@ -136,7 +137,7 @@ class Front:
         if oldest is not None:
             oldest.close()
         else:
-            connection.refuse(503, "all connections that guard.max_connections allows are in use")
+            connection.refuse(Refusal(503, "all connections that guard.max_connections allows are in use"))
 
     def closed(self, connection: ClientConnection) -> None:
         """One less."""

@@ -16,14 +16,13 @@ from mitmproxy.net.http.validate import validate_headers
 
 from proxy_addon.heads import first
 from proxy_addon.lane.framing import Chunked, Follower, Length, UntilClose
+from proxy_addon.strict_head import FIELDS
 
 END = b"\r\n\r\n"
 
-_REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21-\x7e]*) HTTP/1\.1\r\n")
+_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"OPTIONS ")
+_REQUEST_LINE = re.compile(rb"(?=%b)([A-Z]+) (/[\x21-\x7e]*) HTTP/1\.1\r\n" % b"|".join(_METHODS))
 _STATUS_LINE = re.compile(rb"(HTTP/1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n")
-#: All fields and the empty line behind them. A value is visible text, spaces and tabs, and bytes beyond ASCII
-#: (RFC 9110 §5.5).
-_FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n\Z")
 _NUMBER = re.compile(rb"(?:0|[1-9][0-9]{0,17})\Z")
 
 #: Of one connection, not of the message (RFC 9110 §7.6.1), and of a framing that is made anew.
@@ -54,9 +53,6 @@ class AnswerHead:
     response: http.Response
     follower: Follower
     keep_alive: bool
-
-
-_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"OPTIONS ")
 
 
 def may_become_plain(begun: bytes) -> bool:
@@ -104,7 +100,7 @@ _ONCE = frozenset((b"transfer-encoding", b"content-length", b"host", b"expect", 
 
 def _fields(head: bytes, at: int) -> tuple[Fields, dict[bytes, bytes]] | None:
     """The fields from ``at`` on, and those of :data:`_ONCE` by lower-case name; None if not plain."""
-    if not _FIELDS.match(head, at):
+    if not FIELDS.fullmatch(head, at):
         return None
     fields: list[tuple[bytes, bytes]] = []
     special: dict[bytes, bytes] = {}
