@@ -31,6 +31,7 @@ from proxy_addon import defects
 from proxy_addon.admin import Admin
 from proxy_addon.admission.addon import Door
 from proxy_addon.answer import Answer
+from proxy_addon.clients import Clients
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.drain import Drain
 from proxy_addon.epilogue import Epilogue
@@ -95,6 +96,7 @@ class Sollol:
     def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
         self.settings = settings
         self.worker = worker = worker or Worker()
+        self.clients = Clients(lambda: self.settings.guard.max_connections)
         self.fleet = Fleet()
         self.speeds = Speeds.load(worker.known_speeds(settings.state_dir))
         self.journal = Journal(settings.state_dir / "journal")
@@ -154,7 +156,7 @@ class Sollol:
         admin = Admin(self.fleet, self.journal, self.telemetry, self.dispatch, self.reloader, worker)
         self.siblings = admin.siblings
         chain: tuple[object, ...] = (
-            Layers(settings),
+            Layers(settings, self.clients),
             Intake(settings, _now),
             guard,
             self.drain,

@@ -106,6 +106,7 @@ class FleetStream(HttpStream):
     _reused = False
     _answered = False  # the proxy has answered, whatever the upload still brings
     _discarded_bytes = 0
+    _kept = b""  # the end of a streamed answer, until the last hook has had its turn
 
     def __init__(self, context: Any, stream_id: int) -> None:
         super().__init__(context, stream_id)
@@ -323,6 +324,22 @@ class FleetStream(HttpStream):
         failure = Failure(self.flow, verdict, detail, status=500)
         if (yield from self._ask(failure)):
             yield from self._settle(failure)
+
+    def state_stream_response_body(self, event: events.Event) -> Commands:
+        """As the parent, but what the tee has kept for the end goes out behind the last hook."""
+        response = self.flow.response
+        if isinstance(event, ResponseEndOfMessage) and response and isinstance(response.stream, relay.Tee):
+            self._kept = response.stream(b"") or b""
+            yield from self.send_response(already_streamed=True)
+        else:
+            yield from super().state_stream_response_body(event)
+
+    def flow_done(self) -> Commands:
+        """As the parent, behind what was kept for the end."""
+        if self._kept:
+            yield SendHttp(ResponseData(self.stream_id, self._kept), self.context.client)
+            self._kept = b""
+        yield from super().flow_done()
 
     def send_response(self, already_streamed: bool = False) -> Commands:
         """As the parent, but a node's complete error or empty answer is first shown to the policy."""

@@ -67,7 +67,7 @@ class LeanMaster(master.Master):
             self.sollol,
         )
         if settings.splice:
-            lane = Lane(self.addons, server, lambda: self.sollol.settings)
+            lane = Lane(self.addons, server, self.sollol.clients, lambda: self.sollol.settings)
             self.sollol.drain.lane = lane
             self.addons.add(lane)  # type: ignore[no-untyped-call]
         self.options.update(**mitmproxy_options(settings))

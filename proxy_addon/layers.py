@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 from mitmproxy import ctx
@@ -14,6 +15,7 @@ from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layer import CommandGenerator, Layer, NextLayer
 
 from proxy_addon import http1
+from proxy_addon.clients import Clients
 from proxy_addon.http_layer import install
 from proxy_addon.settings import Settings
 from proxy_addon.strict_server import StrictServer
@@ -24,7 +26,8 @@ log = logging.getLogger(__name__)
 class Layers:
     """Lets mitmproxy choose the layer, then makes the choice ours."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clients: Clients) -> None:
+        self.clients = StrictServer.clients = clients
         self._silent: dict[str, asyncio.TimerHandle] = {}  # by id of the client
         self.reconfigure(settings)
 
@@ -37,10 +40,9 @@ class Layers:
         http1.mend()
 
     def client_connected(self, client: Client) -> None:
-        """Beyond the limit, whoever has been idle for longest makes room; nobody is silent for ever."""
-        StrictServer.idle[client] = None
-        if len(_connections()) > self.settings.guard.max_connections:
-            _close(next(iter(StrictServer.idle)))
+        """One more, if there may be; nobody is silent for ever."""
+        if not self.clients.enter(client, partial(_close, client)):
+            _close(client)
         loop = asyncio.get_running_loop()
         # Until its first bytes a connection has no layer that could have a limit.
         self._silent[client.id] = loop.call_later(self.settings.timeouts.keepalive_s, _close, client)
@@ -51,7 +53,7 @@ class Layers:
         It closes by cancelling the task that reads; if that has just read more and waits for its turn to say
         so, it ends without having closed anything.
         """
-        StrictServer.idle.pop(client, None)
+        self.clients.leave(client)
         self._speaks(client)
         _close(client)
 

@@ -12,7 +12,6 @@ from collections.abc import Generator
 from typing import Any, ClassVar, Literal
 
 from mitmproxy import http
-from mitmproxy.connection import Client
 from mitmproxy.net.http import http1
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layers.http import ReceiveHttp
@@ -21,6 +20,7 @@ from mitmproxy.proxy.layers.http._http1 import Http1Server
 
 from proxy_addon import errors, strict_head
 from proxy_addon.access import Refusal
+from proxy_addon.clients import Clients
 from proxy_addon.endpoints import protocol_of
 from proxy_addon.settings import Settings
 
@@ -37,9 +37,7 @@ class StrictServer(Http1Server):
     """One client's connection."""
 
     settings: ClassVar[Settings]  #: as they are now; set by ``layers.py``
-    idle: ClassVar[
-        dict[Client, None]
-    ] = {}  #: clients without a request, in the order in which they became so
+    clients: ClassVar[Clients]  #: which are told whose connection is idle; set there as well
     _phase: Phase | None = None  # what the client is waited for, None while it waits for us
     _since_s = 0.0
     _wakeups: dict[commands.RequestWakeup, Phase]
@@ -58,9 +56,10 @@ class StrictServer(Http1Server):
         phase = self._waited_for()
         if phase != self._phase or (phase == "body" and isinstance(event, events.DataReceived)):
             self._phase, self._since_s = phase, time.monotonic()
-            self.idle.pop(self.context.client, None)
             if phase == "idle":
-                self.idle[self.context.client] = None
+                self.clients.idle(self.context.client)
+            else:
+                self.clients.busy(self.context.client)
             if phase is not None and phase not in self._wakeups.values():
                 yield self._wakeup(phase, self._limit_s(phase))
 

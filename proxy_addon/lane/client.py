@@ -67,7 +67,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport = transport
         self.client = self.front.client_of(transport)
         self.front.opened(self)
-        self._idle()
+        self.wait_anew()
 
     def data_received(self, data: bytes) -> None:
         """A request, more of one, or the next one."""

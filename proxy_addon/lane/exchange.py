@@ -348,11 +348,11 @@ class Exchange:
                 return True
             begin = out = b""
         out += tee(b"") or b""
-        self._begun = True
-        self.client.write(begin + (chunk(out) + END if chunked else out))
         self._release_upstream()
         response.data.timestamp_end = time()
         await self._finish(HttpResponseHook)
+        self._begun = True
+        self.client.write(begin + (chunk(out) + END if chunked else out))
         return True
 
     async def _judged(self, upstream: Upstream, held: bytearray) -> tuple[relay.Verdict, str]:

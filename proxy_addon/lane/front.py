@@ -17,6 +17,7 @@ from mitmproxy.proxy import mode_specs
 from mitmproxy.proxy.mode_servers import ServerInstance
 
 from proxy_addon.access import Refusal
+from proxy_addon.clients import Clients
 from proxy_addon.deadlines import Deadlines
 from proxy_addon.lane.client import ClientConnection
 from proxy_addon.lane.exchange import Exchange
@@ -29,8 +30,11 @@ from proxy_addon.settings import Settings
 class Lane:
     """An addon of mitmproxy's: takes the clients of its reverse modes."""
 
-    def __init__(self, addons: LeanAddons, server: Proxyserver, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self, addons: LeanAddons, server: Proxyserver, clients: Clients, settings: Callable[[], Settings]
+    ) -> None:
         self._addons = addons
+        self._clients = clients
         self._settings = settings
         self._server = server
         self._pool = Pool()
@@ -41,7 +45,7 @@ class Lane:
         """Servers are about to be started, or were stopped."""
         for instance in self._server.servers:
             if isinstance(instance.mode, mode_specs.ReverseMode) and not instance.is_running:
-                front = Front(instance, self._addons, self._pool, self._settings)
+                front = Front(instance, self._addons, self._pool, self._clients, self._settings)
                 self._fronts.append(front)
                 instance.listen = front.listen  # type: ignore[attr-defined]
 
@@ -66,15 +70,21 @@ class Front:
     """The clients of one listening port."""
 
     def __init__(
-        self, instance: ServerInstance[Any], addons: LeanAddons, pool: Pool, settings: Callable[[], Settings]
+        self,
+        instance: ServerInstance[Any],
+        addons: LeanAddons,
+        pool: Pool,
+        clients: Clients,
+        settings: Callable[[], Settings],
     ) -> None:
         self._instance = instance
         self._addons = addons
         self._pool = pool
+        self._clients = clients
+        self.busy, self.idle = clients.busy, clients.idle
         self._settings = settings
         self._open: set[ClientConnection] = set()
         self.deadlines = Deadlines()
-        self._idle: dict[ClientConnection, None] = {}  # in the order in which they became so
         self._on_closed: Callable[[], None] = lambda: None
         self._drain_idle_s: float | None = None
         self._connect_limit_s = lambda: settings().timeouts.connect_s
@@ -103,8 +113,9 @@ class Front:
     def drain(self, idle_s: float, on_closed: Callable[[], None]) -> None:
         """See :meth:`Lane.drain`."""
         self._drain_idle_s, self._on_closed = idle_s, on_closed
-        for connection in list(self._idle):
-            connection.wait_anew()
+        for connection in self._open:
+            if self._clients.is_idle(connection):
+                connection.wait_anew()
 
     async def listen(self, host: str, port: int) -> list[asyncio.Server]:
         """Open the port, as mitmproxy's own servers do."""
@@ -129,29 +140,16 @@ class Front:
         )
 
     def opened(self, connection: ClientConnection) -> None:
-        """One more; beyond the limit, whoever has been idle for longest makes room."""
+        """One more."""
         self._open.add(connection)
-        if len(self._open) <= self.settings.guard.max_connections:
-            return
-        oldest = next(iter(self._idle), None)
-        if oldest is not None:
-            oldest.close()
-        else:
+        if not self._clients.enter(connection, connection.close):
             connection.refuse(Refusal(503, "all connections that guard.max_connections allows are in use"))
 
     def closed(self, connection: ClientConnection) -> None:
         """One less."""
         self._open.discard(connection)
-        self._idle.pop(connection, None)
+        self._clients.leave(connection)
         self._on_closed()
-
-    def idle(self, connection: ClientConnection) -> None:
-        """It waits for a request."""
-        self._idle[connection] = None
-
-    def busy(self, connection: ClientConnection) -> bool:
-        """It has begun one; whether that is news."""
-        return self._idle.pop(connection, self) is None
 
     def exchange(self, connection: ClientConnection, head: RequestHead) -> Exchange:
         """What carries the request."""

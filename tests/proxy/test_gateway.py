@@ -10,6 +10,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tests.fakes.faults import trickle
 from tests.fakes.ollama_node import FakeOllama
 from tests.proxy.running import RunningProxy
 
@@ -199,3 +200,20 @@ async def test_a_proxy_that_is_its_own_node_does_not_go_round(
                 assert response.status == 508
                 assert "one of its nodes is the proxy itself" in (await response.json())["error"]
             assert len(node.requests("/api/chat")) == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_whoever_reads_that_a_model_has_been_made_finds_it(
+    node: FakeOllama, session: aiohttp.ClientSession, stream: bool
+) -> None:
+    """Clients go on at the last line, not at the body's end."""
+    async with RunningProxy([node], poll={"interval_s": 60.0}) as proxy, aiohttp.ClientSession() as another:
+        node.fail(trickle(200, 0.02, path="/api/tags", times=None))
+        for name in ("one", "two"):
+            asked = {"model": name, "from": "llama3.2", "system": "Arr.", "stream": stream}
+            async with session.post(f"{proxy.url}/api/create", json=asked) as made:
+                async for line in made.content:
+                    if b"success" in line:
+                        break
+                async with another.post(f"{proxy.url}/api/chat", json=CHAT | {"model": name}) as answer:
+                    assert answer.status == 200, await answer.text()

@@ -47,6 +47,16 @@ def test_an_incomplete_line_waits_for_its_end_and_dies_with_its_node() -> None:
     assert filter_.cut("gone").endswith(b"}\n")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_that_a_model_has_been_made_is_said_at_the_end(stream: bool) -> None:
+    filter_ = tee("/api/create", "ndjson" if stream else "whole", stream)
+    begun, made = (
+        (b'{"status":"reading"}\n', b'{"status":"success"}\n') if stream else (b"", b'{"status":"success"}')
+    )
+    assert through(filter_, [begun + made[:12], made[12:]]) == [begun, b""]
+    assert filter_(b"") == made
+
+
 def test_a_line_too_long_to_hold_is_passed_on_and_its_loss_is_told_on_a_line_of_its_own() -> None:
     filter_ = tee()
     long = b'{"a":"' + b"x" * relay.HOLD_LINE_BYTES
