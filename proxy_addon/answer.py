@@ -8,8 +8,8 @@ from collections.abc import Callable
 from mitmproxy import http
 
 from proxy_addon import plans, record
+from proxy_addon.attempt import NextChunk
 from proxy_addon.heads import first, put
-from proxy_addon.http_stream import NextChunk
 from proxy_addon.record import Record
 from proxy_addon.relay import Tee, framing_of
 

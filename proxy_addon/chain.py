@@ -10,7 +10,7 @@
 
 Everything that decides is a pure function elsewhere (``placement/``, ``admission/line.py``, ``retry.py``,
 ``relay.py``, ``access.py``, ``one_server/catalog.py``); everything that must act on bytes is in
-``http_stream.py``.
+``lane/`` and ``http_stream.py``.
 """
 
 from __future__ import annotations

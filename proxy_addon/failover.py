@@ -8,9 +8,9 @@ from mitmproxy import http
 
 from agent.ollama.names import is_cloud
 from proxy_addon import errors, record
+from proxy_addon.attempt import CONNECT_CANCELLED, Failure
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.fleet.node import Node
-from proxy_addon.http_stream import CONNECT_CANCELLED, Failure
 from proxy_addon.record import Record
 from proxy_addon.retry import Budget, Meaning, classify, may_retry
 

@@ -3,8 +3,8 @@
 mitmproxy is sans-io; an :class:`HttpStream` is one request as a generator of commands. The subclass here adds
 what a balancer needs and hooks alone cannot do: try another node before the client has seen a byte, answer
 early without buffering the body, serve a stream made by the proxy itself, and end a stream that was cut in
-the client's own protocol. It decides nothing: policy is asked through two hooks of our own,
-``sollol_failure`` and ``sollol_next_chunk``, which any addon may implement asynchronously.
+the client's own protocol. It decides nothing: policy is asked through the hooks of
+:mod:`proxy_addon.attempt`.
 
 The overridden methods are private API, unchanged from mitmproxy 10.4 to 12.2; hence the pin in
 ``pyproject.toml``.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from time import time
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 from mitmproxy import flow as mitm_flow
@@ -44,53 +44,20 @@ from mitmproxy.proxy.layers.http import (
 from mitmproxy.proxy.layers.http._base import HttpCommand
 
 from proxy_addon import defects, errors, record, relay
+from proxy_addon.attempt import (
+    Failure,
+    NextChunk,
+    SollolFailureHook,
+    SollolNextChunkHook,
+    final_answer,
+    own_failure,
+)
 
 Commands = Generator[commands.Command, Any, None]
 
 #: A refused upload is read on, so that the client gets to see the answer instead of a reset, up to here
 #: (nginx: ``lingering_close``).
 DISCARD_LIMIT_BYTES = 256 << 20
-
-#: What mitmproxy makes of a cancelled connect (``ConnectionHandler.open_connection``).
-CONNECT_CANCELLED = "connection cancelled"
-
-Phase = Literal["connect", "reset", "status", "first_line", "empty"]
-
-
-@dataclass(eq=False)
-class Failure:
-    """An attempt that failed before the client saw a byte. The hook sets ``retry`` or ``response``."""
-
-    flow: http.HTTPFlow
-    phase: Phase
-    detail: str
-    status: int | None = None
-    reused: bool = False  #: the upstream connection had served an earlier request
-    replayable: bool = True  #: False: the request's body is gone, only an answer can be given
-    retry: bool = False  #: set: the flow's address was changed, send the request again
-    response: http.Response | None = None  #: set: what the client gets instead
-
-
-@dataclass
-class SollolFailureHook(commands.StartHook):
-    """Asks what to do about a failed attempt; may take its time (back-off)."""
-
-    failure: Failure
-
-
-@dataclass(eq=False)
-class NextChunk:
-    """A place for the next piece of an answer that the proxy itself streams; None ends it."""
-
-    flow: http.HTTPFlow
-    data: bytes | None = None
-
-
-@dataclass
-class SollolNextChunkHook(commands.StartHook):
-    """Asks for the next piece of ``record.stream``."""
-
-    chunk: NextChunk
 
 
 @dataclass
@@ -432,23 +399,6 @@ class FleetStream(HttpStream):
             if rec is not None:
                 rec.client_left()
         yield from super().handle_event(event)
-
-
-def final_answer(failure: Failure) -> http.Response:
-    """The client's answer to a failure that is not retried; a policy that gave none has failed itself."""
-    if failure.response is not None:
-        return failure.response
-    if failure.phase == "first_line":  # the node's own words, which the policy lets stand
-        rec = record.of(failure.flow)
-        protocol, request_id = (rec.protocol, rec.id) if rec else ("native", "")
-        return errors.response(protocol, failure.status or 500, failure.detail, request_id=request_id)
-    return own_failure(failure.flow)
-
-
-def own_failure(flow: http.HTTPFlow) -> http.Response:
-    """The client's answer where SOLLOL itself failed."""
-    rec = record.of(flow)
-    return errors.internal(rec.protocol if rec else "native", rec.id if rec else "")
 
 
 _FROM_UPSTREAM = (

@@ -27,8 +27,8 @@ from mitmproxy.proxy.layer import CommandGenerator, Layer, NextLayer
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from proxy_addon import errors, record
+from proxy_addon.attempt import Failure, NextChunk
 from proxy_addon.endpoints import protocol_of
-from proxy_addon.http_stream import Failure, NextChunk
 from proxy_addon.record import Record
 
 log = logging.getLogger(__name__)

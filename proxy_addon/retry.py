@@ -76,7 +76,7 @@ NEVER_TWICE = frozenset({"/api/create", "/api/push", "/api/delete", "/api/copy",
 
 
 def classify(phase: str, status: int | None, text: str, endpoint: Endpoint) -> Meaning:
-    """What a failure of ``phase`` (see ``http_stream.Failure``) with ``status`` and ``text`` means."""
+    """What a failure of ``phase`` (see ``attempt.Failure``) with ``status`` and ``text`` means."""
     if phase == "connect":
         return Meaning.UNREACHABLE
     if phase in ("reset", "empty"):

@@ -14,8 +14,8 @@ from mitmproxy import http
 
 from agent.ollama.names import is_cloud
 from proxy_addon import record
+from proxy_addon.attempt import Failure
 from proxy_addon.dispatch import Dispatch
-from proxy_addon.http_stream import Failure
 from proxy_addon.placement.second_thoughts import elsewhere_s, left_here, worth_moving
 from proxy_addon.record import Record
 from proxy_addon.retry import Meaning, may_retry

@@ -16,11 +16,11 @@ from mitmproxy.connection import Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from proxy_addon import defects, record, wire
+from proxy_addon.attempt import Failure
 from proxy_addon.deadlines import Deadlines
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import Handling
 from proxy_addon.fleet.node import Node
-from proxy_addon.http_stream import Failure
 from proxy_addon.record import Record
 from proxy_addon.settings import Settings
 from proxy_addon.settings import Timeouts as Limits

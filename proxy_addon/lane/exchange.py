@@ -31,9 +31,7 @@ from mitmproxy.proxy.server_hooks import (
 )
 
 from proxy_addon import defects, errors, record, relay
-from proxy_addon.endpoints import Handling
-from proxy_addon.heads import first
-from proxy_addon.http_stream import (
+from proxy_addon.attempt import (
     CONNECT_CANCELLED,
     Failure,
     NextChunk,
@@ -43,6 +41,8 @@ from proxy_addon.http_stream import (
     final_answer,
     own_failure,
 )
+from proxy_addon.endpoints import Handling
+from proxy_addon.heads import first
 from proxy_addon.lane.client import BadBody, ClientConnection
 from proxy_addon.lane.framing import END, Length, UntilClose, chunk
 from proxy_addon.lane.head import AnswerHead, RequestHead, answer_bytes, request_bytes

@@ -18,6 +18,7 @@ from mitmproxy.test import tflow
 
 from proxy_addon import ask as asks
 from proxy_addon import record
+from proxy_addon.attempt import Failure as Failed
 from proxy_addon.dispatch import Dispatch
 from proxy_addon.endpoints import match
 from proxy_addon.epilogue import Epilogue
@@ -27,7 +28,6 @@ from proxy_addon.fleet.learning import Speeds
 from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.fleet.probe import Prober
 from proxy_addon.fleet.watch import Watch
-from proxy_addon.http_stream import Failure as Failed
 from proxy_addon.placement.calibration import observe_sizes
 from proxy_addon.record import FinalStats, Record
 from proxy_addon.retry import Budget
