@@ -19,7 +19,6 @@ _F16_BYTES, _F32_BYTES = 2, 4
 
 # Positions, indices and the like that every graph has beside what grows with the model.
 _GRAPH_BYTES = 1 << 20
-_PROJECTOR_SCRATCH_BYTES = 256 << 20
 
 # Cache type → bytes a value, blocks' scales included (ggml.h, block_q8_0 and its like).
 CACHE_VALUE_BYTES: Mapping[str, float] = {
@@ -134,14 +133,6 @@ def input_buffer_bytes(
     masks = _mask_bytes(shape, num_ctx, batch) * (1 if flash_attention else 4)
     a_token = 2 * _F32_BYTES * shape.embedding_length + masks
     return batch * a_token + _GRAPH_BYTES
-
-
-def projector_bytes(file_bytes: int) -> int:
-    """Return what an ``mmproj`` file of this size takes in memory once it encodes images.
-
-    Its weights stay as they are in the file. The scratch beside them is an allowance, not a measurement.
-    """
-    return file_bytes + _PROJECTOR_SCRATCH_BYTES
 
 
 def _mask_bytes(shape: ModelShape, num_ctx: int, batch: int) -> int:

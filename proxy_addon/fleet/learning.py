@@ -187,12 +187,6 @@ class Speeds:
         """
         return lessons.slowdown(self.nodes.get(name) or _UNMEASURED, beside, runners)
 
-    def failure_odds(self, name: str, now_s: float) -> float:
-        """Failed attempts to expect on the node ``name`` before one succeeds."""
-        node = self.nodes.get(name)
-        failure = node.outcomes.failure(now_s) if node else PRIOR_FAILURE
-        return failure / (1 - failure)
-
     def lost_s(self, name: str) -> float:
         """Seconds that a failed attempt on the node ``name`` costs, besides its share of the work."""
         node = self.nodes.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from proxy_addon.placement.features import AskFeatures, Features
 
@@ -158,25 +158,6 @@ class Decision:
             return self._chosen
         assert self.how is not None and self.ask is not None
         return Candidate(row.node, None, cost, self.how.terms(self.ask, row), row.notes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the journal, ``sollol explain`` and ``_sollol_routing``: JSON-ready."""
-        return {
-            "policy": self.policy,
-            "node": self.node,
-            "reason": self.reason,
-            "candidates": [
-                {"node": c.node, "excluded": c.excluded}
-                if c.excluded
-                else {
-                    "node": c.node,
-                    "cost": round(c.cost, 6),
-                    "terms": {name: round(value, 6) for name, value in c.terms.items()},
-                    "notes": list(c.notes),
-                }
-                for c in self.candidates
-            ],
-        }
 
 
 def reason(how: Policy, ask: AskFeatures, row: Features, remark: str) -> str:

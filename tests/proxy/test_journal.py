@@ -109,7 +109,13 @@ def test_of_rows_and_costs_an_entry_tells_what_the_decision_itself_would() -> No
         assert [Features.from_row(row) for row in features] == list(made.rows)
         assert AskFeatures.from_row(again.pop("ask")) == ask
         assert again.pop("unseen", 0) == made.left
-        assert again == made.as_dict()
+        assert (again["policy"], again["node"], again["reason"]) == (made.policy, made.node, made.reason)
+        for row, candidate in zip(again["candidates"], made.candidates, strict=True):
+            assert (row["node"], row.get("excluded")) == (candidate.node, candidate.excluded)
+            if not candidate.excluded:
+                assert row["cost"] == pytest.approx(candidate.cost, abs=1e-6)
+                assert row["terms"] == pytest.approx(candidate.terms, abs=1e-6)
+                assert tuple(row["notes"]) == candidate.notes
 
 
 @pytest.mark.parametrize(

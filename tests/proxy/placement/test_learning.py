@@ -192,17 +192,17 @@ def test_the_estimate_of_prompt_tokens_is_corrected_per_model() -> None:
     assert speeds.prompt_tokens(ask(prompt_tokens=1000)) == pytest.approx(1500)
 
 
-def test_failures_raise_the_odds_and_fade() -> None:
+def test_failures_lower_the_success_rate_and_fade() -> None:
     speeds, n = Speeds(), node(Fleet(), 1)
-    calm = speeds.failure_odds(name(1), NOW_S)
+    calm = 1 - speeds.success_rate(name(1), NOW_S)
     speeds.observe_failure(name(1), 3.0, NOW_S)
-    shaken = speeds.failure_odds(name(1), NOW_S)
+    shaken = 1 - speeds.success_rate(name(1), NOW_S)
     assert shaken > 5 * calm
-    assert calm < speeds.failure_odds(name(1), NOW_S + 600) < shaken
+    assert calm < 1 - speeds.success_rate(name(1), NOW_S + 600) < shaken
     assert speeds.lost_s(name(1)) == pytest.approx(4)
     for _ in range(50):
         observe(speeds, n, answer())
-    assert speeds.failure_odds(name(1), NOW_S) < shaken / 3
+    assert 1 - speeds.success_rate(name(1), NOW_S) < shaken / 3
 
 
 @given(st.lists(st.tuples(st.floats(1, 500), st.floats(10, 20_000), st.floats(0.1, 60)), max_size=8))
@@ -217,8 +217,8 @@ def test_a_restart_forgets_nothing(seen: list[tuple[float, float, float]]) -> No
         assert estimate(again, n, key) == estimate(speeds, n, key)
     assert again.output_tokens(ask()) == pytest.approx(speeds.output_tokens(ask()))
     for other_clock_s in (0.0, 1e6):
-        odds = again.failure_odds(name(2), other_clock_s)
-        assert odds == pytest.approx(speeds.failure_odds(name(2), NOW_S))
+        rate = again.success_rate(name(2), other_clock_s)
+        assert rate == pytest.approx(speeds.success_rate(name(2), NOW_S))
 
 
 def test_saved_speeds_are_loaded_again(tmp_path: Path) -> None:

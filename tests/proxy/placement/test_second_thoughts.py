@@ -12,7 +12,7 @@ from proxy_addon.fleet.node import Fleet, Flight, Node
 from proxy_addon.placement.features import Features
 from proxy_addon.placement.policies import decide
 from proxy_addon.placement.second_thoughts import Left, left_here, worth_moving
-from tests.proxy.placement.worlds import NOW_S, ask, node, resident
+from tests.proxy.placement.worlds import NOW_S, ask, node, resident, told
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,11 @@ def test_those_that_came_later_do_not_count_and_those_before_do() -> None:
 def test_a_look_leaves_everything_as_it_was() -> None:
     world = World(resident={"m": resident()})
     first, _ = world.send(), world.send(NOW_S + 0.1)
-    before = decide(ask(), world.fleet, world.speeds, NOW_S + 1).as_dict()
+    before = told(decide(ask(), world.fleet, world.speeds, NOW_S + 1))
     flights, in_use, work_s = set(world.node.flights), dict(world.node.in_use), world.node.work_s
     world.left(first, NOW_S + 1)
     assert (world.node.flights, dict(world.node.in_use), world.node.work_s) == (flights, in_use, work_s)
-    assert decide(ask(), world.fleet, world.speeds, NOW_S + 1).as_dict() == before
+    assert told(decide(ask(), world.fleet, world.speeds, NOW_S + 1)) == before
 
 
 def test_of_a_node_that_may_be_sent_nothing_nothing_is_said() -> None:

@@ -19,7 +19,7 @@ from proxy_addon.placement.policies import POLICIES, TOO_GOOD, decide
 from proxy_addon.placement.rules import Rules
 from proxy_addon.record import FinalStats
 from tests.proxy.placement.test_diversion import shard_report
-from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident, row
+from tests.proxy.placement.worlds import DAY, GIB, NOW_S, ask, name, node, report, resident, row, told
 
 KEYS = ("m", "other", "third")
 PREFIXES = ((), ((b"a", 100),), ((b"a", 100), (b"b", 180)))
@@ -209,8 +209,8 @@ def test_a_decision_is_what_it_would_be_afresh_whatever_has_happened(
         tried = {name(3): "died: reset"} if world.rng.random() < 0.2 else {}
         others = (world.speeds, world.now_s, policy, tried, rules)
         for asked in asks:
-            kept = decide(asked, world.fleet, *others).as_dict()
-            assert kept == decide(asked, afresh(world.fleet), *others).as_dict()
+            kept = told(decide(asked, world.fleet, *others))
+            assert kept == told(decide(asked, afresh(world.fleet), *others))
 
 
 @settings(max_examples=80, deadline=None)

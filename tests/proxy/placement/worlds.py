@@ -9,6 +9,7 @@ from agent.report import Gpu, Host, Model, Ollama, Report, Resident
 from proxy_addon.ask import Ask
 from proxy_addon.endpoints import match
 from proxy_addon.fleet.node import Fleet, Node
+from proxy_addon.placement.decision import Decision
 
 GIB = 1 << 30
 NOW_S = 1000.0
@@ -77,3 +78,8 @@ def node(fleet: Fleet, number: int, **fields: Any) -> Node:
 
 def name(number: int) -> str:
     return f"10.0.0.{number}:11434"
+
+
+def told(made: Decision) -> tuple[Any, ...]:
+    """All that people and the journal get to see of a decision."""
+    return made.policy, made.node, made.reason, made.candidates
