@@ -200,17 +200,15 @@ class OneServer:
     def _pull_targets(self, flow: http.HTTPFlow, ask: Ask) -> tuple[list[Node], list[Node]]:
         now_s = _now_s()
         if wanted := flow.request.headers.pop(TARGET, ""):
-            return [self._named(name.strip(), now_s) for name in wanted.split(",")], []
+            return [self._named(name.strip()) for name in wanted.split(",")], []
         if names.is_cloud(ask.model):
             return [pin.signed_in(self._fleet, self._settings.signed_in_node, now_s)], []
         return targets(upstream.up(self._fleet, now_s), ask.key, self._settings.pull.replicas)
 
-    def _named(self, name: str, now_s: float) -> Node:
+    def _named(self, name: str) -> Node:
         node = self._fleet.nodes.get(name)
         if node is None:
             raise BadRequest(400, f"{TARGET}: {name} is not in the fleet")
-        if not node.up(now_s):
-            raise BadRequest(503, f"{name} does not answer: {upstream.trouble(node)}")
         return node
 
     async def _unload(self, flow: http.HTTPFlow, rec: Record, ask: Ask) -> None:

@@ -78,9 +78,9 @@ class Merge:
             failed = [{"node": node, "error": failure.message} for node, failure in self.failed.items()]
             return 200, {"status": "success"} | ({"failed": failed} if failed else {})
         failures = list(self.failed.values())
-        if len({failure.message for failure in failures}) == 1:
-            return failures[0].status, {"error": failures[0].message}
-        text = "; ".join(f"{node}: {failure.message}" for node, failure in self.failed.items())
+        if len({failure.message for failure in failures}) == 1 and not failures[0].unreachable:
+            return failures[0].status, {"error": failures[0].message}  # in the nodes' own words
+        text = "; ".join(f"{node} failed: {failure.message}" for node, failure in self.failed.items())
         return failures[0].status, {"error": text}
 
     def _settle(self) -> list[Row]:

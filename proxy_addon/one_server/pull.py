@@ -9,11 +9,13 @@ from typing import Any
 
 import aiohttp
 import orjson
+from aiohttp.http_exceptions import LineTooLong
 
 from agent.ollama.client import error_message
+from proxy_addon import timeouts
 from proxy_addon.fleet.node import Node
 from proxy_addon.one_server.merge import Failure, Merge, Row
-from proxy_addon.one_server.upstream import UNREACHABLE, Caller, reason, storing
+from proxy_addon.one_server.upstream import DOWN, UNREACHABLE, Caller, reason, storing, trouble
 
 #: Ollama says "pulling manifest" before it asks the registry: a node that is silent for so long is stuck.
 FIRST_LINE_TIMEOUT_S = 30.0
@@ -140,11 +142,15 @@ class Pull:
             failure = await self._read(node)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             failure = Failure(UNREACHABLE, reason(error), unreachable=True)
+        except LineTooLong:
+            failure = Failure(UNREACHABLE, "sent a line that is too long")
         if failure:
             await self._events.put((node, failure))
 
     async def _read(self, node: Node) -> Failure | None:
         """Queue the rows of ``node`` up to ``success`` or ``error``. Returns what is wrong if none comes."""
+        if not node.up(asyncio.get_running_loop().time()):
+            return Failure(DOWN, trouble(node), unreachable=True)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=self._caller.connect_s)
         async with asyncio.timeout(FIRST_LINE_TIMEOUT_S):
             answer = await self._caller.session.post(
@@ -157,14 +163,32 @@ class Pull:
         async with answer:
             if answer.status != 200:
                 return Failure(answer.status, error_message(answer.status, await answer.read()))
-            async for line in answer.content:
+            while line := await _next_line(node, answer.content):
                 row = _object(line)
                 if row is None:
                     return Failure(UNREACHABLE, f"sent a line that is no JSON object: {line[:80]!r}")
                 await self._events.put((node, row))
                 if "error" in row or row.get("status") == "success":
                     return None
+        if line is None:
+            return Failure(UNREACHABLE, f"{trouble(node)}, and nothing came since", unreachable=True)
         return Failure(UNREACHABLE, "the answer ended without success", unreachable=True)
+
+
+async def _next_line(node: Node, content: aiohttp.StreamReader) -> bytes | None:
+    """The next line, empty at the end; None if nothing comes from ``node``, which is lost.
+
+    A node that answers polls may be silent for as long as it likes: it checks digests without a word.
+    """
+    line = asyncio.ensure_future(content.readline())
+    try:
+        while not (await asyncio.wait({line}, timeout=timeouts.LOST_IDLE_S))[0]:
+            if node.poll_error is not None:
+                return None
+        return line.result()
+    finally:
+        if not line.cancel():
+            line.exception()  # has been retrieved then, should we have been cancelled in the same moment
 
 
 def _object(line: bytes) -> Row | None:

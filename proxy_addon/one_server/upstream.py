@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +25,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 #: A node that cannot be reached counts like one whose gateway says so.
 UNREACHABLE = 502
+DOWN = 503  #: and one that is sent no work, because it answers no polls or is ejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,12 @@ def reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    text = str(cause)
+    if isinstance(
+        cause, OSError
+    ):  # loops put addresses into ``strerror``; what getaddrinfo says is only there
+        number = cause.errno or 0
+        text = os.strerror(number) if number > 0 else cause.strerror or text
     return (text or type(error).__name__).lower()
 
 

@@ -88,7 +88,7 @@ def test_a_replacement_starts_from_nothing_but_the_bar_stays() -> None:
             [("a", 500, "file does not exist"), ("b", 500, "file does not exist")],
             (500, "file does not exist"),
         ),
-        ([("a", 507, "disk full"), ("b", 502, "refused")], (507, "a: disk full; b: refused")),
+        ([("a", 507, "disk full"), ("b", 502, "refused")], (507, "a failed: disk full; b failed: refused")),
     ],
 )
 def test_it_is_an_error_only_if_all_have_failed(

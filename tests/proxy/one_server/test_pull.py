@@ -8,10 +8,12 @@ import pytest
 from aiohttp import web
 
 from agent.report import Disk, Gpu, Host, Ollama, Report
+from proxy_addon import timeouts
 from proxy_addon.fleet.node import Node
 from proxy_addon.one_server.pull import by_room, targets
 from tests.fakes.faults import hang, reply, rst
 from tests.fakes.fixtures import NodeFactory
+from tests.fakes.ollama_node import FakeOllama
 from tests.fakes.store import FakeModel
 from tests.proxy.one_server.build import model, node, utc
 from tests.proxy.one_server.house import house, said
@@ -40,6 +42,11 @@ def report(gpu_free_bytes: int, disk_free_bytes: int | None = 100) -> Report:
         gpus=[gpu],
         ollama=Ollama(url="http://h", reachable=True),
     )
+
+
+def to(*fakes: FakeOllama) -> list[tuple[str, str]]:
+    """The header of a pull that names its nodes."""
+    return [("x-sollol-target", ", ".join(fake.host_port for fake in fakes))]
 
 
 def hosts(nodes: list[Node]) -> list[str]:
@@ -135,26 +142,82 @@ async def test_without_stream_a_failure_everywhere_is_a_500(ollama_node: NodeFac
     assert (answer.status_code, said(answer)) == (500, {"error": "pull model manifest: file does not exist"})
 
 
-async def test_another_node_takes_the_place_of_one_that_is_gone(ollama_node: NodeFactory) -> None:
-    gone, spare = await ollama_node([], remote=[MODEL]), await ollama_node([], remote=[MODEL])
-    async with house(gone, spare) as fleet:
-        fleet.node(gone).report = report(10)  # chosen first
-        await gone.kill()
-        rows = await fleet.stream("POST", "/api/pull", BODY)
-    assert rows[0]["status"].endswith(f"; going on with {spare.host_port}")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_last_node_that_is_well_takes_the_place_of_all_that_are_gone(
+    ollama_node: NodeFactory, stream: bool
+) -> None:
+    """Of none of them the polls knew when the pull came; of one they do when its turn comes."""
+    gone = [await ollama_node([], remote=[MODEL]) for _ in range(3)]
+    well = await ollama_node([], remote=[MODEL])
+    async with house(*gone, well) as fleet:
+        for memory_bytes, each in enumerate(gone, start=1):
+            fleet.node(each).report = report(memory_bytes)  # all are better than ``well``
+            await each.kill()
+        if not stream:
+            answer = await fleet.ask("POST", "/api/pull", {**BODY, "stream": False})
+            assert answer.status_code == 200
+            last = said(answer)
+        else:
+            rows = await fleet.stream("POST", "/api/pull", BODY)
+            assert rows[2]["status"].endswith(f"; going on with {well.host_port}")
+            last = rows[-1]
+    assert last["status"] == "success" and well.store.find("gemma3:270m")
+    assert {row["node"] for row in last["failed"]} == {each.host_port for each in gone}
+
+
+async def test_a_spare_that_is_known_to_be_down_by_then_is_passed_over(ollama_node: NodeFactory) -> None:
+    dying, lost, spare = [await ollama_node([], remote=[MODEL], pull_bytes_s=1000) for _ in range(3)]
+    async with house(dying, lost, spare) as fleet:
+        fleet.node(dying).report, fleet.node(lost).report = report(20), report(10)
+        flow, rec = fleet.flow("POST", "/api/pull", BODY)
+        await fleet.run(flow, rec)
+        assert rec.stream
+        lost.fail(hang(path="/api/pull"))  # 30 s would be lost with it
+        fleet.down(lost, "no answer in time")
+        spare.pull_bytes_s = 1e9
+        await dying.kill()
+        rows = [orjson.loads(line) async for line in rec.stream.chunks]
     assert rows[-1]["status"] == "success" and spare.store.find("gemma3:270m")
+    assert [row["node"] for row in rows[-1]["failed"]] == [dying.host_port, lost.host_port]
+    assert not lost.requests("/api/pull")
 
 
-async def test_another_node_takes_over_when_one_dies_in_mid_pull(ollama_node: NodeFactory) -> None:
+@pytest.mark.parametrize("end", ["killed", "reset", "lost without a word"])
+async def test_another_node_takes_over_when_one_dies_in_mid_pull(
+    ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(timeouts, "LOST_IDLE_S", 0.05)
     dying, spare = await ollama_node([], remote=[MODEL]), await ollama_node([], remote=[MODEL])
     async with house(dying, spare) as fleet:
         fleet.node(dying).report = report(10)
-        dying.fail(rst("after_chunks", chunks=3, path="/api/pull"))
-        rows = await fleet.stream("POST", "/api/pull", BODY)
+        fault = rst if end == "reset" else hang
+        dying.fail(fault("after_chunks", chunks=3, path="/api/pull"))
+        flow, rec = fleet.flow("POST", "/api/pull", BODY)
+        await fleet.run(flow, rec)
+        assert rec.stream
+        rows: list[dict[str, Any]] = []
+        while end != "reset" and not (rows and rows[-1].get("completed")):
+            rows.append(orjson.loads(await anext(rec.stream.chunks)))
+        if end == "killed":
+            await dying.kill()
+        elif end == "lost without a word":
+            fleet.down(dying, "no answer in time")
+        rows += [orjson.loads(line) async for line in rec.stream.chunks]
     completed = [row.get("completed", 0) for row in rows if "digest" in row]
     assert completed == sorted(completed) and completed[-1] == MODEL.size
-    assert rows[-1]["status"] == "success"
+    assert rows[-1]["status"] == "success" and spare.store.find("gemma3:270m")
     assert [row["node"] for row in rows[-1]["failed"]] == [dying.host_port]
+
+
+async def test_a_node_that_answers_polls_may_be_silent_in_mid_pull(
+    ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "LOST_IDLE_S", 0.01)
+    slow, other = await ollama_node([], remote=[MODEL], pull_bytes_s=1e6), await ollama_node([])
+    async with house(slow, other) as fleet:
+        fleet.node(slow).report = report(10)
+        rows = await fleet.stream("POST", "/api/pull", BODY)
+    assert rows[-1] == {"status": "success"} and not other.requests("/api/pull")
 
 
 async def test_a_client_that_leaves_cancels_the_pull_on_every_node(ollama_node: NodeFactory) -> None:
@@ -196,26 +259,60 @@ async def test_the_nodes_get_the_clients_fields(ollama_node: NodeFactory) -> Non
     assert a.requests("/api/pull")[0].json == {"name": "gemma3:270m", "insecure": True, "stream": True}
 
 
-@pytest.mark.parametrize("wanted", ["both", "unknown", "down"])
-async def test_a_pull_with_a_target_goes_there(ollama_node: NodeFactory, wanted: str) -> None:
-    a, b = await ollama_node([], remote=[MODEL]), await ollama_node([], remote=[MODEL])
-    async with house(a, b) as fleet:
-        fleet.node(b).poll_error = "connection refused" if wanted == "down" else None
-        header = "10.1.1.1:11434" if wanted == "unknown" else f"{a.host_port}, {b.host_port}"
-        flow, rec = fleet.flow("POST", "/api/pull", BODY, headers=[("x-sollol-target", header)])
-        await fleet.run(flow, rec)
-        if wanted == "both":
-            assert rec.stream
-            assert [orjson.loads(line) async for line in rec.stream.chunks][-1] == {"status": "success"}
-            assert a.store.find("gemma3:270m") and b.store.find("gemma3:270m")
-        else:
-            assert flow.response and flow.response.status_code == {"unknown": 400, "down": 503}[wanted]
-            assert not a.requests("/api/pull")
+async def test_a_pull_with_targets_goes_there(ollama_node: NodeFactory) -> None:
+    a, b, other = [await ollama_node([], remote=[MODEL]) for _ in range(3)]
+    async with house(a, b, other) as fleet:
+        rows = await fleet.stream("POST", "/api/pull", BODY, headers=to(a, b))
+    assert rows[-1] == {"status": "success"}
+    assert a.store.find("gemma3:270m") and b.store.find("gemma3:270m")
+    assert not other.requests("/api/pull")
 
 
-async def test_a_node_that_sends_rubbish_has_failed(ollama_node: NodeFactory) -> None:
+async def test_an_unknown_target_is_refused_before_anybody_pulls(ollama_node: NodeFactory) -> None:
+    a = await ollama_node([], remote=[MODEL])
+    async with house(a) as fleet:
+        headers = [("x-sollol-target", f"{a.host_port},10.1.1.1:11434")]
+        answer = await fleet.ask("POST", "/api/pull", BODY, headers=headers)
+    assert answer.status_code == 400 and not a.requests("/api/pull")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_target_that_is_down_keeps_no_other_from_pulling(
+    ollama_node: NodeFactory, known: bool
+) -> None:
+    """Whether the polls have noticed yet makes no difference."""
+    well, dead, other = [await ollama_node([], remote=[MODEL]) for _ in range(3)]
+    async with house(well, dead, other) as fleet:
+        await dead.kill()
+        if known:
+            fleet.down(dead, "it refused the connection")
+        rows = await fleet.stream("POST", "/api/pull", BODY, headers=to(dead, well))
+    assert rows[-1]["status"] == "success" and well.store.find("gemma3:270m")
+    assert [row["node"] for row in rows[-1]["failed"]] == [dead.host_port]
+    assert not other.requests("/api/pull")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_pull_whose_targets_are_all_down_says_so(
+    ollama_node: NodeFactory, known: bool, stream: bool
+) -> None:
+    dead, other = await ollama_node([], remote=[MODEL]), await ollama_node([], remote=[MODEL])
+    async with house(dead, other) as fleet:
+        await dead.kill()
+        if known:
+            fleet.down(dead, "it refused the connection")
+        answer = await fleet.ask("POST", "/api/pull", {**BODY, "stream": stream}, headers=to(dead))
+    why = "it refused the connection" if known else "connection refused"
+    assert said(answer) == {"error": f"{dead.host_port} failed: {why}"}
+    assert answer.status_code == (503 if known else 502)
+    assert not other.requests("/api/pull")
+
+
+@pytest.mark.parametrize("sent", [b"[1]\n", b"1" * 4_000_000])
+async def test_a_node_that_sends_rubbish_has_failed(sent: bytes) -> None:
     async def rubbish(_: Any) -> web.Response:
-        return web.Response(body=b"[1]\n")
+        return web.Response(body=sent)
 
     app = web.Application()
     app.router.add_post("/api/pull", rubbish)
@@ -228,7 +325,8 @@ async def test_a_node_that_sends_rubbish_has_failed(ollama_node: NodeFactory) ->
         async with house() as fleet:
             fleet.fleet.add(Node(host, port, polled_s=0.0))
             answer = await fleet.ask("POST", "/api/pull", BODY)
-        assert said(answer) == {"error": "sent a line that is no JSON object: b'[1]\\n'"}
+        what = "is no JSON object: b'[1]\\n'" if sent == b"[1]\n" else "is too long"
+        assert said(answer) == {"error": f"sent a line that {what}"}
         assert answer.status_code == 502
     finally:
         await runner.cleanup()
