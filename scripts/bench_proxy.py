@@ -78,7 +78,7 @@ class Bench:
         with Spent(one) as spent:
             found = await self._clients(task, SmallFound)
         cpu_us = spent.busy_s / found.answered * 1e6 if found.answered else float("nan")
-        return Small(concurrency, found.p50_ms, found.p99_ms, found.per_s, cpu_us, found.wrong)
+        return Small(**vars(found), concurrency=concurrency, cpu_us=cpu_us)
 
     async def streams(self, one: Running) -> Streams:
         """Streams side by side; heads and ends included."""
@@ -93,7 +93,7 @@ class Bench:
         with Spent(one) as spent:
             found = await self._clients(task, StreamFound)
         cpu_ms = spent.busy_s / self.plan.streams * 1e3 if found.came == found.asked else float("nan")
-        return Streams(cpu_ms, found.asked, found.came, found.wrong)
+        return Streams(**vars(found), cpu_ms=cpu_ms)
 
     async def measure_many(self, one: Running, figures: Figures) -> None:
         """A thousand streams, opened and ended evenly."""
@@ -107,10 +107,10 @@ class Bench:
             async with _watched(one) as seen_mb:
                 found = await self._clients(task, StreamFound)
         most_mb = max(seen_mb, default=float("nan"))
+        cpu_share = spent.busy_s / spent.wall_s
         figures.many = Many(
-            MANY, found.open_most, found.asked, found.came, found.late, found.late_max_ms, found.way_max_ms,
-            found.node_max_ms, spent.busy_s / spent.wall_s, base_mb, most_mb, found.wrong,
-        )  # fmt: skip
+            **vars(found), streams=MANY, cpu_share=cpu_share, base_mb=base_mb, most_mb=most_mb
+        )
 
     async def _clients[T](self, task: SmallTask | StreamTask, found: type[T]) -> T:
         """Let a process of clients do a task. Raises Broken where it does not end as it should."""

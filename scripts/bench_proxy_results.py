@@ -11,47 +11,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench_proxy_client import SmallFound, StreamFound
 from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
-class Small:
-    """One round of small requests at one concurrency."""
+class Small(SmallFound):
+    """One round of small requests at one concurrency: what clients found, and what it cost the proxy."""
 
     concurrency: int
-    p50_ms: float
-    p99_ms: float
-    per_s: float
     cpu_us: float  #: of a request
-    wrong: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Streams:
+class Streams(StreamFound):
     """One round of streams side by side."""
 
     cpu_ms: float  #: of a stream of 100 chunks
-    asked: int
-    came: int
-    wrong: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Many:
+class Many(StreamFound):
     """A thousand streams."""
 
     streams: int
-    open_most: int
-    asked: int
-    came: int
-    late: int  #: chunks later than 250 ms, and those that never came
-    late_max_ms: float
-    way_max_ms: float
-    node_max_ms: float
     cpu_share: float
     base_mb: float
     most_mb: float
-    wrong: dict[str, int]
 
 
 @dataclass
