@@ -14,6 +14,8 @@ from typing import Any
 from mitmproxy import exceptions, hooks
 from mitmproxy.addonmanager import AddonManager
 
+from proxy_addon import defects
+
 log = logging.getLogger(__name__)
 
 #: A hook, and what is to be called where it raises, if it is one of ours: one frame less for each.
@@ -69,7 +71,7 @@ class LeanAddons(AddonManager):
                     await result
             except Exception as raised:  # the outermost boundary of a hook
                 if failed is not None:
-                    await _instead(failed, name, arguments)
+                    await _instead(failed, arguments)
                 elif isinstance(raised, exceptions.AddonHalt):
                     return
                 elif isinstance(raised, exceptions.OptionsError):
@@ -78,11 +80,11 @@ class LeanAddons(AddonManager):
                     log.exception("the hook %s of an addon failed", name)
 
 
-async def _instead(failed: Callable[..., Any], name: str, arguments: Sequence[Any]) -> None:
+async def _instead(failed: Callable[..., Any], arguments: Sequence[Any]) -> None:
     """What :mod:`proxy_addon.protect` has in place of a hook that has raised."""
     try:
         pending = failed(*arguments)
         if pending is not None:
             await pending
-    except Exception:
-        log.exception("what is done instead of a failed hook %s failed", name)
+    except Exception as defect:  # noqa: BLE001 - what there is no other answer to
+        defects.report(defect, "instead")

@@ -110,6 +110,22 @@ async def test_a_defect_in_what_is_told_of_an_end_keeps_nobody_else_from_it(
 
 
 @SPLICE
+async def test_a_defect_in_what_is_done_instead_of_a_hook_is_told_as_well(
+    ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, splice: bool
+) -> None:
+    hook, instead = (break_once(monkeypatch, Timeouts, name) for name in ("response", "let_go"))
+    node = await ollama_node()
+    async with RunningProxy([node], splice=splice) as proxy, aiohttp.ClientSession() as session:
+        heard = await ask(session, proxy.url, BY_NAME["chat"], PROMPT)
+        check_stream(heard.text, PROMPT)
+        assert hook and instead
+        assert counted(proxy) == {"response": 1, "instead": 1}
+        assert len(told(caplog)) == 2
+        assert not proxy.sollol.dispatch.in_flight
+        check_stream((await ask(session, proxy.url, BY_NAME["chat"], PROMPT)).text, PROMPT)
+
+
+@SPLICE
 async def test_a_defect_in_a_timer_is_told_and_another_limit_still_holds(
     ollama_node: NodeFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, splice: bool
 ) -> None:
