@@ -17,7 +17,8 @@ AWAY_S = (0.0, 1.0, 4.0, 10.0)
 #: of a lost node is given (10 s more).
 STOPPED_S = (0.4, 2.0, 6.0, 18.0)
 MODEL_PAUSE_S = (2.0, 25.0)  #: between two of these; many last longer than ``GRACE_S``
-THROUGH_SHARE = 0.7
+THROUGH_SHARE = 0.7  #: of lives that begin through the proxy; among them
+ANYWHERE_SHARE = 0.25  #: are those of all whose pull leaves it to the proxy where to
 #: What befalls a model, and whether the proxy is asked to do it.
 COMMON_LIFE: tuple[tuple[Kind, bool], ...] = (("pull", True), ("delete", False), ("delete", True))
 LONE_LIFE: tuple[tuple[Kind, bool], ...] = (("pull", False), ("delete", False))
@@ -39,7 +40,7 @@ class Event:
     model: str = ""
     for_s: float = 0.0
     through_proxy: bool = False
-    variant: str = ""
+    variant: str = ""  #: of a reload, see below; of a pull "anywhere", if it names no node
 
 
 def schedule(
@@ -72,19 +73,20 @@ def _faults(draw: Random, node: int, length_s: float) -> list[Event]:
 
 
 def _models(draw: Random, model: str, length_s: float) -> list[Event]:
-    """The life of one model again and again: it comes to two nodes, leaves one, and is deleted everywhere.
+    """The life of one model again and again: it comes to two nodes, or anywhere, leaves one, and is deleted.
 
     Or it comes to one node and leaves it, without the proxy's being told.
     """
     events: list[Event] = []
     at_s = draw.uniform(*MODEL_PAUSE_S) / 2
     while True:
-        node, through = draw.randrange(len(HOUSES)), draw.random() < THROUGH_SHARE
-        life = MADE_LIFE if model == MADE else COMMON_LIFE if through else LONE_LIFE
+        node, share = draw.randrange(len(HOUSES)), draw.random()
+        life = MADE_LIFE if model == MADE else COMMON_LIFE if share < THROUGH_SHARE else LONE_LIFE
         for kind, through_proxy in life:
             if at_s >= length_s:
                 return events
-            events.append(Event(at_s, kind, node, model, through_proxy=through_proxy))
+            variant = "anywhere" if kind == "pull" and share < ANYWHERE_SHARE else ""
+            events.append(Event(at_s, kind, node, model, through_proxy=through_proxy, variant=variant))
             at_s += draw.uniform(*MODEL_PAUSE_S)
 
 

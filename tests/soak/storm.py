@@ -123,8 +123,10 @@ class Storm:
         return not event.through_proxy and self._busy[self.nodes[event.node].name].locked()
 
     async def _pull(self, event: Event) -> None:
-        """To one node, or through the proxy to two."""
+        """To one node, or through the proxy to two, or to whichever it chooses."""
         async with self._models[event.model]:
+            if event.variant == "anywhere":
+                return await self._pull_anywhere(event)
             if self._out(event):
                 return
             url, safe = self._at(event)
@@ -144,6 +146,15 @@ class Storm:
                     self.violated(f"a pull of {event.model} to {target} ended with {status} {last}")
                 else:
                     self.ledger.gains(target, event.model, to_s)
+
+    async def _pull_anywhere(self, event: Event) -> None:
+        """It must succeed while any node is well. Who has the model then is not said, and not counted on."""
+        from_s = time.monotonic()
+        status, last, _ = await self._ask("POST", f"{self.proxy.url}/api/pull", {"model": event.model}, {})
+        to_s = time.monotonic()
+        well = [node.host_port for node in self.nodes if not self._hurt(node.host_port, from_s, to_s)]
+        if well and not (status == 200 and last.get("status") == "success"):
+            self.violated(f"a pull of {event.model} ended with {status} {last} though {well[0]} was well")
 
     async def _create(self, event: Event) -> None:
         async with self._models[event.model]:
