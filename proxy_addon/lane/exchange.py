@@ -153,15 +153,8 @@ class Exchange:
             if self._keep and self.client.is_sending:
                 # Who waits for a 100 Continue may or may not send its body now; nobody could tell which.
                 self._keep = not self._head.expects_continue and await self.client.discard()
-            self._forget_body()
             self.client.finished(keep=self._keep)
-
-    def _forget_body(self) -> None:
-        """Flow and exchange refer to each other: megabytes would stay until the collector's next round."""
-        rec = record.of(self.flow)
-        self.flow.request.data.content = None
-        if rec is not None and rec.ask is not None:
-            rec.ask.body = {}
+            del self.flow  # they refer to each other: what is left would wait for the collector
 
     async def _request(self) -> None:
         flow, request = self.flow, self.flow.request
