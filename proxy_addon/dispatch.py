@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from mitmproxy import http
 from mitmproxy.connection import Client
 
-from proxy_addon import errors, record
+from proxy_addon import errors, record, unplaced
 from proxy_addon.access import HOPS_HEADER
 from proxy_addon.admission import limits
 from proxy_addon.admission.admission import Admission
@@ -22,12 +22,9 @@ from proxy_addon.admission.limits import Refused
 from proxy_addon.admission.passing import where
 from proxy_addon.admission.waiter import NOTHING, Waiter
 from proxy_addon.ask import Ask
-from proxy_addon.endpoints import Task
-from proxy_addon.fleet.health import BASE_EJECTION_S
 from proxy_addon.fleet.learning import Speeds
-from proxy_addon.fleet.node import Fleet, Node, names
+from proxy_addon.fleet.node import Fleet, Node
 from proxy_addon.heads import put
-from proxy_addon.one_server.upstream import nobody
 from proxy_addon.placement.decision import Decision
 from proxy_addon.placement.policies import decide
 from proxy_addon.placement.rules import Rules
@@ -35,9 +32,6 @@ from proxy_addon.placement.runner import runs_under, slots_of
 from proxy_addon.record import Attempt, Record
 from proxy_addon.retry import backoff_s
 from proxy_addon.settings import Settings
-
-MANY_EXCLUDED = 6  #: an error sentence names so many nodes, the journal has them all
-LONGEST_EJECTION_S = 2 * BASE_EJECTION_S  #: that is waited for: the second one in a row is
 
 
 class Dispatch:
@@ -117,7 +111,7 @@ class Dispatch:
             looked = None
             if decision is None or decision.node is not None:
                 return None
-            if self._comes_back(rec):
+            if unplaced.comes_back(rec, self.fleet, self.now(), self.settings.admission.max_wait_s):
                 if not rec.decisions or rec.decisions[-1].node is not None:
                     rec.decisions.append(decision)  # once: it may be looked at again many times
                 await self._change(rec)
@@ -127,17 +121,19 @@ class Dispatch:
                 continue
             rec.decisions.append(decision)
             if self.fleet.nobody_stores(rec.ask.key) and self.fleet.up(self.now()):
-                return self._answer(rec, 404, _not_found(rec.ask))
+                return self._answer(rec, 404, unplaced.not_found(rec.ask))
             rec.rounds += 1
-            if not self._awaits(rec, decision) and (
-                rec.rounds >= self.terms(rec).retry.rounds or self._hopeless(rec)
+            terms = self.terms(rec)
+            retry = terms.retry
+            if not unplaced.awaits(rec, decision, self.now(), terms.shard.wait_s) and (
+                rec.rounds >= retry.rounds or unplaced.hopeless(rec, self.fleet, self.now())
             ):
-                return self._answer(rec, 503, self._nobody(rec, decision), {"retry-after": "2"})
-            retry = self.terms(rec).retry
+                why = unplaced.why(rec, decision, self.fleet, self.now())
+                return self._answer(rec, 503, why, {"retry-after": "2"})
             await _unless_left(
                 rec, backoff_s(rec.rounds, retry.backoff_s, retry.backoff_max_s, random.random())
             )
-            await _unless_left(rec, self._until_one_returns_s(rec))
+            await _unless_left(rec, unplaced.until_one_returns_s(rec, self.fleet, self.now()))
             if rec.left:
                 return None
             rec.excluded = dict(rec.hopeless)
@@ -267,26 +263,6 @@ class Dispatch:
         flows = (flow for flows in self.in_flight.values() for flow in flows)
         return next((record.of(flow) for flow in flows if flow.client_conn is client), None)
 
-    def _awaits(self, rec: Record, decision: Decision) -> bool:
-        """Whether it is worth to wait on for a coordinator; the time runs from the first such moment."""
-        if not any(name not in rec.hopeless for name in decision.awaits):
-            return False
-        if rec.awaits_until_s is None:
-            rec.awaits_until_s = self.now() + self.terms(rec).shard.wait_s
-        return self.now() < rec.awaits_until_s
-
-    def _comes_back(self, rec: Record) -> bool:
-        """Whether a node is only kept from taking ``rec`` by how few it is given while it comes back."""
-        assert rec.ask is not None and rec.waiter is not None
-        now_s, key = self.now(), rec.ask.key
-        return now_s - rec.waiter.arrived_s < self.settings.admission.max_wait_s and any(
-            node.up(now_s)
-            and key in node.models
-            and node.name not in rec.hopeless
-            and not node.health.admits(node.own_flights)
-            for node in self.fleet
-        )
-
     async def _change(self, rec: Record) -> None:
         """Wait until a node is free or lost, or the client leaves, or it has waited too long."""
         assert rec.waiter is not None
@@ -308,49 +284,10 @@ class Dispatch:
             self._changed.set()
             self._changed = None
 
-    def _until_one_returns_s(self, rec: Record) -> float:
-        """How long to wait on for an ejection to end: rounds that nobody can be tried in show nothing.
-
-        Only for a node that answers its polls and whose failures do not go on and on.
-        """
-        assert rec.ask is not None
-        now_s, key = self.now(), rec.ask.key
-        able = [
-            node
-            for node in self.fleet
-            if key in node.models and node.poll_error is None and node.name not in rec.hopeless
-        ]
-        left_s = min((node.health.ejected_until_s - now_s for node in able), default=0.0)
-        return left_s if left_s <= LONGEST_EJECTION_S else 0.0
-
-    def _hopeless(self, rec: Record) -> bool:
-        """Whether another round could only repeat what this one has shown."""
-        assert rec.ask is not None
-        live = self.fleet.holders(rec.ask.key, self.now())
-        return bool(live) and all(node.name in rec.hopeless for node in live)
-
     def _answer(
         self, rec: Record, status: int, message: str, headers: dict[str, str] | None = None
     ) -> http.Response:
         return errors.response(rec.protocol, status, message, request_id=rec.id, headers=headers)
-
-    def _nobody(self, rec: Record, decision: Decision) -> str:
-        if not self.fleet.up(self.now()):
-            return nobody(self.fleet)
-        tried = {attempt.node for attempt in rec.attempts}  # what is wrong with them is what matters
-        out = sorted(decision.candidates, key=lambda each: each.node not in tried)
-        why = [f"{each.node}: {each.excluded}" for each in out if each.excluded]
-        if not why:
-            return f"no node can serve this request ({names(self.fleet)}): {decision.reason}"
-        more = f"; and {len(why) - MANY_EXCLUDED} more" if len(why) > MANY_EXCLUDED else ""
-        return "no node can serve this request: " + "; ".join(why[:MANY_EXCLUDED]) + more
-
-
-def _not_found(ask: Ask) -> str:
-    """Ollama's own words (``server/routes.go``), which clients match; they differ between endpoints."""
-    if ask.task is Task.EMBED:
-        return f'model "{ask.model}" not found, try pulling it first'
-    return f"model '{ask.model}' not found"
 
 
 async def _unless_left(rec: Record, delay_s: float) -> None:
