@@ -195,11 +195,11 @@ def error_body(path: str, status: int, message: str) -> dict[str, Any]:
 
 
 # The response of a request that was told how its load goes on: whatever happens later is said in it.
-STARTED = "started"
+STARTED = web.RequestKey("started", web.StreamResponse)
 
 
 # Whether the answer's head is on its way, after which no other answer can be given.
-_ANSWERED = "answered"
+_ANSWERED = web.RequestKey("answered", bool)
 
 
 async def say_plan(request: web.Request, response: web.StreamResponse) -> None:
