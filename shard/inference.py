@@ -8,37 +8,28 @@ told before.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import aiohttp
-import orjson
 from aiohttp import web
 
 from agent.ollama import names
-from agent.report import ShardLoad
 from shard import bodies
+from shard.answer import Answer, Message, Shape
 from shard.chat_template import ChatTemplate, chat_template
 from shard.go_template import TemplateError, Unsupported
 from shard.llama_server import LlamaServer
 from shard.models import ServedModel
-from shard.node import NODE, STARTED, UPSTREAM_ERRORS, json_answer, keep_alive_of, now, options_of, read_body
+from shard.node import NODE, json_answer, keep_alive_of, now, options_of, read_body
 from shard.prompts import Prompt, fitted, multimodal, tokens_of, whole
 from shard.replies import (
-    CUT_STREAM,
     ChatReply,
     CompletionReply,
     Piece,
     RenderedReply,
-    Reply,
-    SseReader,
-    UpstreamError,
     chat_object,
-    error_message,
     generate_object,
-    statistics,
 )
 from shard.runners import Runner
 from shard.thinking import ThinkingParser, without_thinking
@@ -56,16 +47,13 @@ from shard.translate import (
     think_of,
 )
 
-Shape = Callable[[str, str, Piece], dict[str, Any]]
-Message = Mapping[str, Any]
-
 # What an unanswered embedding says when its text is too long (llama.cpp, tools/server).
 _TOO_LONG = ("too large", "exceed", "context size", "context length")
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
     """POST /api/chat."""
-    answer = _Answer(request, chat_object)
+    answer = Answer(request, chat_object)
     node, ask = request.app[NODE], await read_body(request, bodies.Chat)
     model = node.models.find(ask.get("model"))
     asked = messages_of(ask)
@@ -95,7 +83,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """POST /api/generate."""
-    answer = _Answer(request, generate_object)
+    answer = Answer(request, generate_object)
     node, ask = request.app[NODE], await read_body(request, bodies.Generate)
     model = node.models.find(ask.get("model"))
     if not ask.get("prompt") and keep_alive_of(ask) == 0:
@@ -124,7 +112,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 
 async def _chat_rendered(
-    answer: _Answer,
+    answer: Answer,
     runner: Runner,
     template: ChatTemplate,
     messages: Sequence[Message],
@@ -171,7 +159,7 @@ async def _chat_rendered(
 
 
 async def _generate_chat(
-    answer: _Answer, runner: Runner, model: ServedModel, options: Mapping[str, Any]
+    answer: Answer, runner: Runner, model: ServedModel, options: Mapping[str, Any]
 ) -> web.StreamResponse:
     ask = answer.ask
     messages: Sequence[Message] = generate_messages(ask, model.system, model.messages)
@@ -186,7 +174,7 @@ async def _generate_chat(
 
 
 async def _generate_rendered(
-    answer: _Answer,
+    answer: Answer,
     runner: Runner,
     model: ServedModel,
     template: ChatTemplate | None,
@@ -317,151 +305,6 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     return json_answer({"embedding": answer["data"][0]["embedding"]})
 
 
-class _Answer:
-    """One generation on its way to the client, streamed or gathered."""
-
-    def __init__(self, request: web.Request, shape: Shape) -> None:
-        self.request = request
-        self.shape = shape
-        self.ask: Mapping[str, Any] = {}
-        self.context: list[int] | None = None
-        self._started_ns = time.monotonic_ns()
-        self._load_ns = 0
-
-    def loaded(self) -> None:
-        """Note that the model is there: the wait so far is the answer's ``load_duration``."""
-        self._load_ns = time.monotonic_ns() - self._started_ns
-
-    async def tell(self, load: ShardLoad) -> None:
-        """Tell a client that streams how far the load is, in a line that adds nothing to the answer."""
-        if self.ask.get("stream") is False:
-            return
-        line = self._object(Piece()) | {"_sollol": {"load": load.model_dump(exclude={"plan"})}}
-        response = self.request[STARTED] = await self._response()
-        await self._write(response, line)
-
-    async def lifecycle(self, reason: str) -> web.StreamResponse:
-        """Return the answer to a request that asks nothing."""
-        return await self._only(self._object(Piece()) | {"done": True, "done_reason": reason})
-
-    async def rendered(self, prompt: str, messages: Sequence[Message]) -> web.StreamResponse:
-        """Return the answer to a request that only wants to see its prompt."""
-        images = sum(len(message.get("images") or ()) for message in messages)
-        info = {"rendered_template": prompt, "image_count": images}
-        return await self._only(self._object(Piece()) | {"_debug_info": info})
-
-    async def relay(
-        self,
-        runner: Runner,
-        path: str,
-        body: Mapping[str, Any],
-        reply: Reply,
-        again: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
-    ) -> web.StreamResponse:
-        """Return the client's response, complete. Raises what may still be answered with a status.
-
-        Where ``reply`` interrupts the run, another one goes on with the body that ``again`` returns.
-        """
-        async with contextlib.aclosing(self._lines(runner.server, path, body, reply, again)) as lines:
-            if self.ask.get("stream") is False:
-                return json_answer(self._gathered([line async for line in lines]))
-            return await self._stream(lines)
-
-    async def _lines(
-        self,
-        server: LlamaServer,
-        path: str,
-        body: Mapping[str, Any],
-        reply: Reply,
-        again: Callable[[], Awaitable[Mapping[str, Any]]] | None,
-    ) -> AsyncGenerator[dict[str, Any]]:
-        tokens: list[int] = []
-        silent: list[int] = []
-        async with contextlib.aclosing(_pieces(server, path, body, reply)) as pieces:
-            async for piece in pieces:
-                # Half of a character that spans tokens has no text of its own yet. A token that never gets
-                # one, such as the end's, belongs to no context: Ollama takes it from the text.
-                silent += piece.tokens
-                if piece.content or piece.thinking:
-                    tokens, silent = tokens + silent, []
-                if piece.content or piece.thinking or piece.tool_calls or piece.logprobs:
-                    yield self._object(piece)
-        if again is not None and isinstance(reply, RenderedReply) and reply.interrupted:
-            async with contextlib.aclosing(self._lines(server, path, await again(), reply, None)) as lines:
-                async for line in lines:
-                    yield line
-            return
-        if reply.final is None:
-            raise UpstreamError(CUT_STREAM)
-        last = self._object(Piece())
-        last |= statistics(reply.final, time.monotonic_ns() - self._started_ns, self._load_ns)
-        if self.context is not None:
-            last["context"] = [*self.context, *tokens]
-        yield last
-
-    async def _stream(self, lines: AsyncIterator[dict[str, Any]]) -> web.StreamResponse:
-        # The first line is awaited before the headers go out, so that errors until then keep their status.
-        line = await anext(lines)
-        response = await self._response()
-        await self._write(response, line)
-        try:
-            async for line in lines:
-                await self._write(response, line)
-        except UPSTREAM_ERRORS as error:
-            await self._write(response, {"error": str(error)})
-        except Refusal as refusal:
-            await self._write(response, {"error": refusal.message})
-        await response.write_eof()
-        return response
-
-    async def _response(self) -> web.StreamResponse:
-        """Return the stream to the client, begun if it was not."""
-        response: web.StreamResponse | None = self.request.get(STARTED)
-        if response is None:
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-            await response.prepare(self.request)
-        return response
-
-    @staticmethod
-    async def _write(response: web.StreamResponse, line: Mapping[str, Any]) -> None:
-        await response.write(orjson.dumps(line) + b"\n")
-
-    async def _only(self, line: dict[str, Any]) -> web.StreamResponse:
-        if self.request.get(STARTED) is None:
-            return json_answer(line)
-        response = await self._response()
-        await self._write(response, line)
-        await response.write_eof()
-        return response
-
-    def _object(self, piece: Piece) -> dict[str, Any]:
-        return self.shape(self.ask["model"], now(), piece)
-
-    def _gathered(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        whole = Piece()
-        for line in lines:
-            part = line.get("message", line)
-            whole.content += part.get("content", part.get("response", ""))
-            whole.thinking += part.get("thinking", "")
-            whole.tool_calls += part.get("tool_calls", [])
-            whole.logprobs += line.get("logprobs", [])
-        return lines[-1] | self.shape(self.ask["model"], lines[-1]["created_at"], whole) | {"done": True}
-
-
-async def _pieces(
-    server: LlamaServer, path: str, body: Mapping[str, Any], reply: Reply
-) -> AsyncGenerator[Piece]:
-    reader = SseReader()
-    async with server.request("POST", path, body) as upstream:
-        await _refuse_errors(server, upstream)
-        async for chunk in server.chunks(upstream):
-            for event in reader.feed(chunk):
-                if (piece := reply.take(event)) is not None:
-                    yield piece
-                if isinstance(reply, RenderedReply) and reply.interrupted:
-                    return
-
-
 def _checked(
     model: ServedModel,
     ask: dict[str, Any],
@@ -491,12 +334,6 @@ async def _unload(
 ) -> web.Response:
     await request.app[NODE].runners.unload(model)
     return json_answer(shape(ask["model"], now(), Piece()) | {"done": True, "done_reason": "unload"})
-
-
-async def _refuse_errors(server: LlamaServer, upstream: aiohttp.ClientResponse) -> None:
-    if upstream.status >= 400:
-        body = b"".join([chunk async for chunk in server.chunks(upstream)])
-        raise Refusal(upstream.status, error_message(body))
 
 
 async def _embeddings(

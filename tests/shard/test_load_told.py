@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from agent.report import ShardLoad
-from shard.inference import _Answer
+from shard.answer import Answer
 from shard.llama_server import LlamaServerError
 from shard.node import errors
 from shard.replies import chat_object
@@ -20,7 +20,7 @@ LOAD = ShardLoad(model="m", phase="loading", progress=0.5, eta_s=3.0, since_s=5.
 
 async def asked(ask: dict[str, Any], *, fails: bool) -> tuple[int, str, list[dict[str, Any]]]:
     async def handler(request: web.Request) -> web.StreamResponse:
-        answer = _Answer(request, chat_object)
+        answer = Answer(request, chat_object)
         answer.ask = ask
         await answer.tell(LOAD)
         await answer.tell(LOAD)
