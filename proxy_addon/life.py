@@ -86,7 +86,7 @@ class Life:
         self.lean.sollol.on_ready = lambda: self.go(self._serve(sockets, inherited))
 
     async def _serve(self, sockets: Sockets, inherited: Inherited | None) -> None:
-        await self.listening.serve()
+        self.listening.serve()
         if inherited is not None:
             inherited.ready()
             log.info("The port was taken over from process %d.", inherited.pid)

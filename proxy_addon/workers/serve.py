@@ -43,7 +43,7 @@ def main(descriptor: int) -> int:
 
 
 async def _serve(life: Life, line: socket.socket) -> None:
-    await life.listening.serve()
+    life.listening.serve()
     line.sendall(READY)
 
 
