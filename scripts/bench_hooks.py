@@ -42,6 +42,7 @@ from proxy_addon.settings import Settings
 MODEL = "llama3.2"
 REQUESTS = 2000
 EVENTS = ("requestheaders", "request", "responseheaders", "pieces", "response")
+COLUMNS = (*EVENTS, "behind")
 CLIENT_HEADERS = (  # of ollama-python
     (b"Host", b"127.0.0.1:11434"),
     (b"Accept-Encoding", b"gzip, deflate"),
@@ -201,6 +202,10 @@ async def drive(
                 await result
             if timed is not None:
                 timed[event, _label(hook)].append(perf_counter() - begun)
+    begun = perf_counter()
+    await asyncio.sleep(0)  # what comes behind the answer; one by one, as it is where no two end together
+    if timed is not None:
+        timed["behind", "Epilogue"].append(perf_counter() - begun)
     rec = record.of(flow)
     assert rec is not None and rec.outcome == "ok", rec
 
@@ -241,11 +246,11 @@ async def main() -> None:
             by_addon: dict[str, dict[str, float]] = defaultdict(dict)
             for (event, addon), times in timed.items():
                 by_addon[addon][event] = statistics.median(times) * 1e6
-            print(f"  {'':16}" + "".join(f"{event:>16}" for event in EVENTS) + f"{'µs':>8}")
+            print(f"  {'':16}" + "".join(f"{event:>16}" for event in COLUMNS) + f"{'µs':>8}")
             for addon, parts in by_addon.items():
-                cells = "".join(f"{parts[e]:16.1f}" if e in parts else " " * 16 for e in EVENTS)
+                cells = "".join(f"{parts[e]:16.1f}" if e in parts else " " * 16 for e in COLUMNS)
                 print(f"  {addon:16}{cells}{sum(parts.values()):8.1f}")
-            print(f"  {'':16}{'':{16 * len(EVENTS)}}{sum(sum(p.values()) for p in by_addon.values()):8.1f}")
+            print(f"  {'':16}{'':{16 * len(COLUMNS)}}{sum(sum(p.values()) for p in by_addon.values()):8.1f}")
             if "--profile" in sys.argv:
                 with cProfile.Profile() as profile:
                     await all_of(chain, case)
