@@ -13,7 +13,7 @@ from proxy_addon.fleet.patience import overrun
 from proxy_addon.placement.features import Features
 from proxy_addon.placement.runner import Start, loading, start
 from proxy_addon.placement.scene import Place, Scene, Starts
-from proxy_addon.placement.waits import drained_s, free_s, left_s, load_left_s
+from proxy_addon.placement.waits import drained_s, free_s, left, load_left_s
 
 KEPT_S = 300.0  #: Ollama's default keep_alive: so long a model would stay if it were not evicted
 #: What a second of loading again counts. It is not one request alone that waits for it, but all that come for
@@ -68,7 +68,7 @@ def features(scene: Scene, place: Place) -> Features | str:
             work_s = node.work_s
         if mine >= slots or (mine and begin.loads):
             token_s = place.s_per_output_token * offload * slow
-            ends = free_s(flights, ask.key, slots, lambda flight: left_s(flight, scene, token_s))
+            ends = free_s(flights, ask.key, slots, left(scene, token_s))
             waits = True
             wait_s = max(ends) if begin.loads and begin.loading is None else min(ends)
         if begin.loading is not None:

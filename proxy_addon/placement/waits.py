@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from heapq import heapify, heapreplace
 
 from proxy_addon.endpoints import Task
 from proxy_addon.fleet.node import Flight, Node
@@ -18,21 +19,27 @@ def free_s(flights: Iterable[Flight], key: str, slots: int, left_s: Callable[[Fl
         ahead.sort(key=lambda flight: flight.started_s)
     ends = [left_s(flight) for flight in ahead[:slots]]
     ends += [0.0] * (slots - len(ends))
+    heapify(ends)
     for flight in ahead[slots:]:
-        ends[ends.index(min(ends))] += left_s(flight)
+        heapreplace(ends, ends[0] + left_s(flight))
     return ends
 
 
-def left_s(flight: Flight, scene: Scene, token_s: float) -> float:
-    """How long ``flight`` will still occupy a slot where a token takes ``token_s``.
+def left(scene: Scene, token_s: float) -> Callable[[Flight], float]:
+    """What tells how long a flight will still occupy a slot where a token takes ``token_s``.
 
     Once it streams, that is what answers have left that got as far: of lengths as they are, the longer one
     has run, the longer it will.
     """
-    if flight.first_byte_s is None or not flight.ask.stream or flight.ask.task is Task.EMBED:
-        return remaining_s(flight, scene.now_s)
-    done_tokens = max(scene.now_s - flight.first_byte_s, 0.0) / token_s
-    return scene.speeds.output(flight.ask).remaining(done_tokens) * token_s
+    now_s, output = scene.now_s, scene.speeds.output
+
+    def left_s(flight: Flight) -> float:
+        if flight.first_byte_s is None or not flight.ask.stream or flight.ask.task is Task.EMBED:
+            return remaining_s(flight, now_s)
+        done_tokens = max(now_s - flight.first_byte_s, 0.0) / token_s
+        return output(flight.ask).remaining(done_tokens) * token_s
+
+    return left_s
 
 
 def drained_s(node: Node, models: Iterable[str], now_s: float) -> float:

@@ -96,6 +96,7 @@ def _pass_time(world: World, n: Node) -> None:
 def _observe(world: World, n: Node) -> None:
     stats = FinalStats(200, 100, world.rng.choice((0.0, 2.0)), 0.2, world.rng.uniform(1, 9))
     world.speeds.observe(n, world.some_ask(), stats, 0.3, 9.0, 1, world.now_s)
+    world.now_s += 1.0  # so are outcomes
 
 
 def _ask_for(world: World, n: Node) -> None:

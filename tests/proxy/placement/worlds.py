@@ -81,5 +81,15 @@ def name(number: int) -> str:
 
 
 def told(made: Decision) -> tuple[Any, ...]:
-    """All that people and the journal get to see of a decision."""
-    return made.policy, made.node, made.reason, made.candidates
+    """All that people and the journal get to see of a decision, as precise as the journal has it."""
+    candidates = [
+        (
+            candidate.node,
+            candidate.excluded,
+            round(candidate.cost, 6),
+            {term: round(value, 6) for term, value in candidate.terms.items()},
+            candidate.notes,
+        )
+        for candidate in made.candidates
+    ]
+    return made.policy, made.node, made.reason, candidates
