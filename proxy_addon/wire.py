@@ -13,7 +13,7 @@ from proxy_addon.lane.exchange import LaneFlow
 def break_off(flow: http.HTTPFlow) -> bool:
     """End the attempt under way as if its node had; False where no node is connected."""
     if isinstance(flow, LaneFlow):
-        return flow.exchange.break_off()
+        return flow.exchange.node.break_off()
     return _abort(flow.client_conn, flow.server_conn)
 
 

@@ -36,6 +36,8 @@ UNREACHED_S = 5.0
 BETTER = 0.9
 #: So many other machines are looked at that could coordinate, those with the fastest devices.
 COORDINATORS_TRIED = 3
+#: Beside a projector's weights, while it encodes an image: an allowance, not a measurement.
+PROJECTOR_SCRATCH_BYTES = 256 << 20
 
 Place = tuple[str, str]  # (node, device)
 
@@ -49,6 +51,18 @@ class Survey:
     planned: Plan | TooBig
     left_out: dict[str, str]
     links: Mapping[tuple[str, str], Link]
+
+
+def beside_projector(host: Host, size_bytes: int) -> Host:
+    """What ``host`` has left where llama-server runs with an ``mmproj`` file of ``size_bytes``.
+
+    It goes to the first local device, a GPU where there is one, with its weights as they are in the file.
+    """
+    if not host.devices:
+        return host
+    first, *others = sorted(host.devices, key=lambda device: device.kind != "gpu")
+    taken_bytes = size_bytes + PROJECTOR_SCRATCH_BYTES
+    return replace(host, devices=(replace(first, free_bytes=max(first.free_bytes - taken_bytes, 0)), *others))
 
 
 class Surveyor:
@@ -96,7 +110,9 @@ class Surveyor:
             given_back=self._held(None if alone else model),
             build=self._build(),
         )
-        found = [self._beside_projector(host, launch) for host in found]
+        if launch.mmproj is not None:
+            size_bytes = launch.mmproj.stat().st_size
+            found = [beside_projector(host, size_bytes) if host.name == LOCAL else host for host in found]
         links, unreached = await self._links_to([host.name for host in found if host.name != LOCAL])
         found = [host for host in found if host.name not in unreached]
         planned = await asyncio.to_thread(
@@ -236,15 +252,6 @@ class Surveyor:
             return self.agents[name]
         except KeyError:
             raise TunnelError(f"{name} has taken its leave") from None
-
-    def _beside_projector(self, host: Host, launch: Launch) -> Host:
-        # llama-server puts the projector on its first local device.
-        if host.name != LOCAL or launch.mmproj is None or not host.devices:
-            return host
-        size = launch.mmproj.stat().st_size
-        first, *others = sorted(host.devices, key=lambda device: device.kind != "gpu")
-        smaller = replace(first, free_bytes=max(first.free_bytes - size, 0))
-        return replace(host, devices=(smaller, *others))
 
     async def _links_to(self, names: Sequence[str]) -> tuple[dict[tuple[str, str], Link], dict[str, str]]:
         """Return the links to these nodes, and for those whose tunnel does not let us in the reason.

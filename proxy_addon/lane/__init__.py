@@ -7,7 +7,8 @@ anything else is handed to mitmproxy's layers, with every byte that has come.
     front.py     listens, and takes a client's connection or hands it over
     client.py    a client's connection: heads, bodies, limits on slow and many clients
     exchange.py  one request and its answer, from the first hook to the last
-    upstream.py  a connection to a node             pool.py  those that wait for their next request
+    node_side.py its connection to a node           upload.py  its body, where that is too large to hold
+    upstream.py  a connection to a node             pool.py    those that wait for their next request
     splice.py    a body on its way to the client, followed but not parsed
     head.py, framing.py  the parsers, pure
 """

@@ -100,13 +100,13 @@ class ClientConnection(asyncio.Protocol):
         """The client does not take what it is sent."""
         self._full = True
         if self._exchange is not None:
-            self._exchange.hold_node(True)
+            self._exchange.node.hold(True)
 
     def resume_writing(self) -> None:
         """It does again."""
         self._full = False
         if self._exchange is not None:
-            self._exchange.hold_node(False)
+            self._exchange.node.hold(False)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         if self._exchange is None:

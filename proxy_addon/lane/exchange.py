@@ -23,16 +23,9 @@ from mitmproxy.proxy.layers.http import (
     HttpResponseHeadersHook,
     HttpResponseHook,
 )
-from mitmproxy.proxy.server_hooks import (
-    ServerConnectedHook,
-    ServerConnectErrorHook,
-    ServerConnectHook,
-    ServerConnectionHookData,
-)
 
 from proxy_addon import defects, errors, record, relay
 from proxy_addon.attempt import (
-    CONNECT_CANCELLED,
     Failure,
     NextChunk,
     Phase,
@@ -46,8 +39,10 @@ from proxy_addon.heads import first
 from proxy_addon.lane.client import BadBody, ClientConnection
 from proxy_addon.lane.framing import END, Length, UntilClose, chunk
 from proxy_addon.lane.head import AnswerHead, RequestHead, answer_bytes, request_bytes
+from proxy_addon.lane.node_side import NodeSide
 from proxy_addon.lane.pool import Pool
 from proxy_addon.lane.splice import Splice
+from proxy_addon.lane.upload import Upload
 from proxy_addon.lane.upstream import ClientLeft, Lost, Upstream
 from proxy_addon.lean_addons import LeanAddons
 
@@ -95,10 +90,7 @@ class Exchange:
         self.flow.request = head.request
         self._head = head
         self._addons = addons
-        self._pool = pool
-        self._connect_limit_s = connect_limit_s
-        self._upstream: Upstream | None = None
-        self._splice: Splice | None = None
+        self.node = NodeSide(addons, pool, connect_limit_s)
         self._begun = False  # the client has been sent some of an answer
         self._over = False  # the last hook has had its turn
         self._keep = head.keep_alive
@@ -115,26 +107,7 @@ class Exchange:
         rec = record.of(self.flow)
         if rec is not None:
             rec.client_left()
-        if self._splice is not None:
-            self._splice.interrupt()
-        elif self._upstream is not None:
-            self._upstream.interrupt()
-
-    def hold_node(self, hold: bool) -> None:
-        """Read the node no further, for the client does not keep up; or read it on."""
-        if self._upstream is None:
-            return
-        if hold:
-            self._upstream.pause()
-        else:
-            self._upstream.resume()
-
-    def break_off(self) -> bool:
-        """End the attempt under way as if its node had; whether there is one."""
-        if self._upstream is None:
-            return False
-        self._upstream.transport.abort()
-        return True
+        self.node.interrupt()
 
     # -- the way --------------------------------------------------------------------------------------
 
@@ -148,7 +121,7 @@ class Exchange:
         except Exception as defect:  # noqa: BLE001 - the outermost boundary of a request
             await self._failed(defect)
         finally:
-            self._drop_upstream()
+            self.node.drop()
             self.flow.live = False
             if self._keep and self.client.is_sending:
                 # Who waits for a 100 Continue may or may not send its body now; nobody could tell which.
@@ -198,12 +171,10 @@ class Exchange:
         request = self.flow.request
         while True:
             address = (request.host, request.port)
-            upstream = None if fresh else self._pool.take(address)
-            error = ""
-            if upstream is None:
-                upstream, error = await self._opened(address)
+            error = await self.node.connect(self.client.client, address, fresh=fresh)
+            upstream = self.node.upstream
             if upstream is not None:
-                self._upstream, self.flow.server_conn = upstream, upstream.server
+                self.flow.server_conn = upstream.server
             if self.client.left:
                 raise ClientLeft
             if upstream is not None:
@@ -213,25 +184,6 @@ class Exchange:
             if not failure.retry:
                 await self._answer(final_answer(failure))
                 return None
-
-    async def _opened(self, address: tuple[str, int]) -> tuple[Upstream | None, str]:
-        """A new connection to ``address``, or None and why there is none."""
-        data = ServerConnectionHookData(client=self.client.client, server=Server(address=address))
-        await self._addons.run(ServerConnectHook, data)
-        error = data.server.error or ""
-        if not error:
-            try:
-                upstream = await self._pool.connect(data.server, self._connect_limit_s())
-            except TimeoutError:
-                error = CONNECT_CANCELLED
-            except OSError as failed:
-                error = str(failed)
-            else:
-                await self._addons.run(ServerConnectedHook, data)
-                return upstream, ""
-        data.server.error = error
-        await self._addons.run(ServerConnectErrorHook, data)
-        return None, error
 
     def _send(self, upstream: Upstream) -> None:
         content = self.flow.request.raw_content or b""
@@ -244,8 +196,8 @@ class Exchange:
 
     async def _failure(self, phase: Phase, detail: str, status: int | None = None) -> bool:
         """The attempt has failed; whether the client has been answered, instead of another attempt."""
-        reused = self._upstream is not None and self._upstream.used
-        self._drop_upstream()
+        reused = self.node.reused
+        self.node.drop()
         failure = Failure(
             self.flow, phase, detail, status, reused=reused, replayable=not self.flow.request.stream
         )
@@ -264,16 +216,6 @@ class Exchange:
         if self.client.left:
             raise ClientLeft
 
-    def _drop_upstream(self) -> None:
-        upstream, self._upstream, self._splice = self._upstream, None, None
-        if upstream is not None:
-            upstream.abort()
-
-    def _release_upstream(self) -> None:
-        upstream, self._upstream, self._splice = self._upstream, None, None
-        if upstream is not None:
-            self._pool.give(upstream)
-
     # -- the node's answer ----------------------------------------------------------------------------
 
     async def _answered(self, upstream: Upstream, head: Awaitable[AnswerHead]) -> bool:
@@ -287,7 +229,7 @@ class Exchange:
         await self._hook(HttpResponseHeadersHook)
         response = flow.response
         if response is not came:  # a hook has failed, or wants another answer
-            self._drop_upstream()
+            self.node.drop()
             await self._answer(response, seen=True)
             return True
         if response.stream:
@@ -305,9 +247,9 @@ class Exchange:
             failure = Failure(flow, "status", text, response.status_code)
             await self._ask(failure)
             if failure.retry or failure.response is not None:
-                self._release_upstream()
+                self.node.release()
                 return await self._settled(failure)
-        self._release_upstream()
+        self.node.release()
         await self._finish(HttpResponseHook)
         self._write_whole(response)
         return True
@@ -332,16 +274,16 @@ class Exchange:
                 raise ClientLeft
             self._begun = True
             self.client.write(begin + (chunk(out) if chunked else out))
-            self._splice = Splice(upstream, self.client.transport.write, tee, chunked=chunked)
-            self.hold_node(self.client.is_full)
+            splice = self.node.splice = Splice(upstream, self.client.transport.write, tee, chunked=chunked)
+            self.node.hold(self.client.is_full)
             try:
-                await self._splice.run()
+                await splice.run()
             except Lost as lost:
                 await self._cut(str(lost))
                 return True
             begin = out = b""
         out += tee(b"") or b""
-        self._release_upstream()
+        self.node.release()
         response.data.timestamp_end = time()
         await self._finish(HttpResponseHook)
         self._begun = True
@@ -366,7 +308,7 @@ class Exchange:
     async def _cut(self, reason: str) -> None:
         """The answer has broken off: end it in its own protocol, or else with its connection."""
         tail = relay.cut(self.flow, reason)
-        self._drop_upstream()
+        self.node.drop()
         rec = record.of(self.flow)
         await self._broken((rec and rec.abort_reason) or reason)
         if tail is None:
@@ -381,35 +323,18 @@ class Exchange:
         upstream = await self._connected(fresh=True)
         if upstream is None:
             return
-        request, chunked = self.flow.request, self._head.length is None
-        upstream.on_writable = self._read_client
+        request = self.flow.request
         upstream.send(request_bytes(request, self._head.length))
-        take = (lambda data: upstream.send(chunk(data))) if chunked else upstream.send
-        reading = asyncio.ensure_future(self.client.read(take))
-        head = asyncio.ensure_future(upstream.head(request.method))
-        try:
-            await asyncio.wait((reading, head), return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():
-                reading.result()
+        async with Upload(self.client, upstream, request.method, chunked=self._head.length is None) as upload:
+            if await upload.passed():
                 request.data.timestamp_end = time()
                 await self._hook(HttpRequestHook)
                 if self.flow.response is not None:  # a hook has failed
-                    self._drop_upstream()
+                    self.node.drop()
                     await self._answer(self.flow.response)
                     return
-                if chunked:
-                    upstream.send(END)
-            await self._answered(upstream, head)
-        finally:
-            for task in (reading, head):
-                task.cancel()
-            await asyncio.gather(reading, head, return_exceptions=True)
-
-    def _read_client(self, go_on: bool) -> None:
-        if go_on:
-            self.client.resume()
-        else:
-            self.client.pause()
+                upload.end()
+            await self._answered(upstream, upload.head)
 
     # -- answers of the proxy's own -------------------------------------------------------------------
 
@@ -472,7 +397,7 @@ class Exchange:
 
     async def _instead(self, response: http.Response) -> None:
         """Give ``response``, if the client has seen nothing else; if it has, all that is left is to close."""
-        self._drop_upstream()
+        self.node.drop()
         if self._begun or self._over:
             self._keep = False
             await self._broken("the answer could not be finished")
@@ -498,7 +423,7 @@ class Exchange:
             await self._addons.run(event, self.flow)
 
     async def _broken(self, reason: str) -> None:
-        self._drop_upstream()
+        self.node.drop()
         self.flow.error = mitm_flow.Error(reason)
         await self._finish(HttpErrorHook)
 
