@@ -42,7 +42,7 @@ class RingFile:
         self._writer = ThreadPoolExecutor(1, path.stem)
 
     def append(self, line: bytes) -> None:
-        """Write ``line`` soon. Needs a running loop, and never waits for the disk."""
+        """Write ``line``, with its end, soon. Needs a running loop, and never waits for the disk."""
         self._unwritten.append(line)
         self._unwritten_bytes += len(line)
         while self._unwritten_bytes > UNWRITTEN_BYTES:
@@ -93,7 +93,7 @@ class RingFile:
                     inode = os.fstat(file.fileno()).st_ino
                     if (inode, file.tell()) != self._end:
                         file.write((b"\n" if file.tell() else b"") + self._header + b"\n")
-                    file.writelines(line + b"\n" for line in batch)
+                    file.writelines(batch)
                     file.flush()
                     self._end = inode, file.tell()
         except OSError as exc:

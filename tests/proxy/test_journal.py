@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,8 @@ async def test_the_disk_is_bounded_and_survives_a_restart(tmp_path: Path) -> Non
 async def test_a_disk_that_hangs_costs_the_oldest_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_file, "UNWRITTEN_BYTES", 3 * len(orjson.dumps(pack(finished("a0"), NOON))))
+    line_bytes = len(orjson.dumps(pack(finished("a0"), NOON))) + 1
+    monkeypatch.setattr(ring_file, "UNWRITTEN_BYTES", 3 * line_bytes)
     journal = Journal(tmp_path, clock=lambda: NOON)
     goes_on = threading.Event()
     journal.file._writer.submit(goes_on.wait)
@@ -333,3 +335,20 @@ async def test_a_disk_that_refuses_costs_only_the_file(
     assert journal.lost == 1
     assert "requests.jsonl cannot be written: " in caplog.text
     assert "the journal cannot be read: " in caplog.text
+
+
+async def test_what_is_kept_takes_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    """What orjson returns has room for 8 KB and more, whatever it says of its size."""
+    journal = Journal(tmp_path, clock=lambda: NOON)
+    journal.add(finished("warm"))
+    lines_bytes = 200 * len(orjson.dumps(pack(finished("a0"), NOON)))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(200):
+            journal.add(finished(f"a{number}"))
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < 2 * lines_bytes
+    await journal.close()

@@ -16,7 +16,7 @@ def ring(folder: Path, header: bytes, file_bytes: int = 1 << 20) -> RingFile:
 async def test_what_two_append_in_turns_stands_below_the_right_header(tmp_path: Path) -> None:
     old, new = ring(tmp_path, b"H1"), ring(tmp_path, b"H2")
     for writer, line in ((old, b"a1"), (old, b"a2"), (new, b"b1"), (new, b"b2"), (old, b"a3")):
-        writer.append(line)
+        writer.append(line + b"\n")
         await writer.keep()
     await asyncio.gather(old.close(), new.close())
     lines = [line.strip() for line in read_lines(tmp_path / "now", tmp_path / "before") if line.strip()]
@@ -27,7 +27,7 @@ async def test_one_that_turns_the_file_over_takes_the_other_along(tmp_path: Path
     old, new = ring(tmp_path, b"H1", 12), ring(tmp_path, b"H2", 12)
     for number in range(4):
         for writer in (old, new):
-            writer.append(b"line %d" % number)
+            writer.append(b"line %d\n" % number)
             await writer.keep()
     await asyncio.gather(old.close(), new.close())
     for name in ("now", "before"):
@@ -44,7 +44,7 @@ async def write():
     folder, name = Path(sys.argv[1]), sys.argv[2].encode()
     ring = RingFile(folder / "now", folder / "before", b"H" + name, 1 << 30)
     for number in range(200):
-        ring.append(name * 5000)
+        ring.append(name * 5000 + b"\\n")
         if number % 10 == 0:
             await ring.keep()
     await ring.close()
