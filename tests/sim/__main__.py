@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from proxy_addon.fleet.shares import Share
 from tests.sim.blind import LeastConnections, RoundRobin
 from tests.sim.oracle import Oracle
 from tests.sim.ours import EARLY, Ours
@@ -124,7 +125,10 @@ def main() -> None:
         default=1,
         help="of SOLLOL's over the fleet, that are given requests in turn",
     )
+    parser.add_argument("--blind", action="store_true", help="they do not see each other's work")
     options = parser.parse_args()
+    if options.blind:
+        Share.keep = lambda *_: None  # type: ignore[method-assign]
     names = [*OTHERS, *OURS] if options.balancer == "all" else options.balancer.split(",")
     traces = list(TRACES) if options.trace == "all" else options.trace.split(",")
     logging.basicConfig(level=logging.ERROR)  # that nodes come and go is the trace's own doing

@@ -137,6 +137,12 @@ class Storm:
             async with safe:
                 status, last, _ = await self._ask("POST", f"{url}/api/pull", {"model": event.model}, headers)
             to_s = time.monotonic()
+            if status == 400 and any(
+                f"{target} is not in the fleet" in last["error"]
+                and self.ledger.in_trouble(target, from_s, to_s, GRACE_S)
+                for target in targets
+            ):
+                return  # its name is refused like a misspelt one, and nothing is pulled
             succeeded = status == 200 and last.get("status") == "success"
             failed = {row["node"] for row in last.get("failed") or ()} if succeeded else set(targets)
             for target in targets:
