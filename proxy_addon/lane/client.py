@@ -315,7 +315,16 @@ class ClientConnection(asyncio.Protocol):
 
     def wait_anew(self) -> None:
         """From now on it may be idle for as long as the front allows now."""
-        self._arm(self.front.idle_limit_s, self.close)
+        self._arm(self.front.idle_limit_s, self._idle_too_long)
+
+    def _idle_too_long(self) -> None:
+        # What has come meanwhile is read before the loop's next turn: a request that was sent in time, while
+        # the loop was late, must not meet a closed connection.
+        asyncio.get_running_loop().call_soon(self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if not self.left and self.front.is_idle(self):
+            self.close()
 
     def _arm(self, delay_s: float, due: Callable[[], None]) -> None:
         self.front.deadlines.set(self, delay_s, due)

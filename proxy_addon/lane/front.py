@@ -81,7 +81,7 @@ class Front:
         self._addons = addons
         self._pool = pool
         self._clients = clients
-        self.busy, self.idle = clients.busy, clients.idle
+        self.busy, self.idle, self.is_idle = clients.busy, clients.idle, clients.is_idle
         self._settings = settings
         self._open: set[ClientConnection] = set()
         self.deadlines = Deadlines()
