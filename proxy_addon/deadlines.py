@@ -39,6 +39,10 @@ class Deadlines:
             self._heap = [entry for entry in self._heap if self._stands(entry)]
             heapify(self._heap)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether something is due for ``key``."""
+        return key in self._set
+
     def _stands(self, entry: tuple[float, int, Hashable]) -> bool:
         found = self._set.get(entry[2])
         return found is not None and found[0] == entry[1]

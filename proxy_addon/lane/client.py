@@ -323,7 +323,8 @@ class ClientConnection(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._close_if_idle)
 
     def _close_if_idle(self) -> None:
-        if not self.left and self.front.is_idle(self):
+        answered_meanwhile = self in self.front.deadlines  # and idle anew
+        if not self.left and self.front.is_idle(self) and not answered_meanwhile:
             self.close()
 
     def _arm(self, delay_s: float, due: Callable[[], None]) -> None:

@@ -34,6 +34,10 @@ class Limits:
     """The limit that was set last."""
 
     due: Callable[[], object]
+    pending = False
+
+    def __contains__(self, _key: object) -> bool:
+        return self.pending
 
     def set(self, _key: object, _delay_s: float, due: Callable[[], object]) -> None:
         self.due = due
@@ -67,3 +71,12 @@ async def test_what_came_while_the_loop_was_late_is_read_before_anything_is_clos
         connection.data_received(comes)
     await asyncio.sleep(0)
     assert line.closed is not bool(comes)
+
+
+async def test_whoever_was_answered_meanwhile_may_be_idle_anew() -> None:
+    door, line = Door(), Line()
+    ClientConnection(cast(Front, door)).connection_made(line)
+    door.deadlines.due()
+    door.deadlines.pending = True
+    await asyncio.sleep(0)
+    assert not line.closed
