@@ -29,7 +29,9 @@ LIMIT_S = 10.0  #: 100 MB of text and images take under one
 PIECE_BYTES = 256 << 10
 _HEADERS = ("content-type", "content-encoding")  #: that :func:`ask.parse` reads
 
-_PROGRAM = "from proxy_addon.reader import main; main()"
+#: In a process group of its own: a Ctrl-C is for the proxy, which ends this one. A session of its own would
+#: do that, too, but Linux shares processors out among sessions (autogroup, sched(7)): niceness counts within.
+_PROGRAM = "import os; os.setpgid(0, 0); from proxy_addon.reader import main; main()"
 
 
 def is_short(headers: Mapping[str, str], content: bytes) -> bool:
@@ -120,7 +122,6 @@ async def _started() -> asyncio.subprocess.Process:
         _PROGRAM,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C is for the proxy, which ends this one
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.stdin is not None

@@ -10,5 +10,6 @@ anything else is handed to mitmproxy's layers, with every byte that has come.
     node_side.py its connection to a node           upload.py  its body, where that is too large to hold
     upstream.py  a connection to a node             pool.py    those that wait for their next request
     splice.py    a body on its way to the client, followed but not parsed
+    inflow.py    reading on either side: paused, or a large piece in each turn of the loop
     head.py, framing.py  the parsers, pure
 """

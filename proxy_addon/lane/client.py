@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mitmproxy.connection import Client, ConnectionState
 
@@ -17,6 +17,7 @@ from proxy_addon import errors
 from proxy_addon.access import Refusal
 from proxy_addon.lane.framing import Chunked, Follower, FramingError, Length
 from proxy_addon.lane.head import END, answer_bytes, may_become_plain, read_request
+from proxy_addon.lane.inflow import LARGE_BYTES, Inflow
 from proxy_addon.lane.upstream import ClientLeft
 from proxy_addon.strict_head import too_large
 
@@ -39,18 +40,16 @@ class BadBody(Exception):
         self.refusal = refusal
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Inflow):
     """One client. ``front`` owns it."""
 
     def __init__(self, front: Front) -> None:
         self.front = front
-        self.transport: asyncio.Transport
         self.client: Client
         self.left = False  #: gone, or hung up on
         self.closing = False  #: nothing is read after the answer under way
         self._exchange: Exchange | None = None
         self._buffer = b""
-        self._paused = False
         self._full = False  # the client does not take what it is sent
         self._drained: asyncio.Future[None] | None = None
         self._follower: Follower | None = None  # of the body under way, until it has ended
@@ -62,15 +61,16 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        self.transport = transport
-        self.client = self.front.client_of(transport)
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.client = self.front.client_of(self.transport)
         self.front.opened(self)
         self.wait_anew()
 
     def data_received(self, data: bytes) -> None:
         """A request, more of one, or the next one."""
+        if len(data) >= LARGE_BYTES:
+            self.rest_until_next_turn()
         if self._take is not None:
             self._fed(data)
             return
@@ -294,18 +294,6 @@ class ClientConnection(asyncio.Protocol):
     def abort(self) -> None:
         """Hang up at once."""
         self.transport.abort()
-
-    def pause(self) -> None:
-        """Read no further."""
-        if not self._paused and not self.left:
-            self._paused = True
-            self.transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._paused and not self.left:
-            self._paused = False
-            self.transport.resume_reading()
 
     # -- limits ---------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from mitmproxy.connection import ConnectionState, Server
 
 from proxy_addon.lane.framing import Follower, FramingError
 from proxy_addon.lane.head import END, AnswerHead, read_answer
+from proxy_addon.lane.inflow import LARGE_BYTES, Inflow
 
 LONGEST_HEAD = 256 << 10  #: of an answer
 READ_AHEAD_BYTES = 256 << 10  #: of an answer that is not taken yet; then the node is read no further
@@ -34,7 +35,7 @@ class Sink(Protocol):
         """The connection has ended; ``clean``: the node said so."""
 
 
-class Upstream(asyncio.Protocol):
+class Upstream(Inflow):
     """One connection. ``on_gone`` is told when it has ended, whoever ended it."""
 
     def __init__(self, server: Server, on_gone: Callable[[Upstream], None]) -> None:
@@ -42,14 +43,12 @@ class Upstream(asyncio.Protocol):
         self.used = False  #: has carried an earlier request
         self.sink: Sink | None = None
         self.on_writable: Callable[[bool], None] | None = None
-        self.transport: asyncio.Transport
         self._asked = False  # a request is under way
         self._follower: Follower | None = None  # of the body under way
         self._may_stay = False  # the answer under way leaves the connection usable
         self._gone: str | None = None  # why it is no more
         self._clean = False  # the node has ended its side in order
         self._buffer = b""
-        self._paused = False
         self._unwanted = False  # the client has left
         self._waiter: asyncio.Future[None] | None = None
         self._on_gone = on_gone
@@ -58,15 +57,16 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self.server.peername = transport.get_extra_info("peername")
         self.server.sockname = transport.get_extra_info("sockname")
         self.server.state = ConnectionState.OPEN
 
     def data_received(self, data: bytes) -> None:
         """Some of an answer."""
+        if len(data) >= LARGE_BYTES:
+            self.rest_until_next_turn()
         if self.sink is not None:
             self.sink.data(data)
         elif not self._asked:
@@ -195,18 +195,6 @@ class Upstream(asyncio.Protocol):
         self._unwanted = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ClientLeft())
-
-    def pause(self) -> None:
-        """Read no further: who takes the answer cannot keep up."""
-        if not self._paused and self._gone is None:
-            self._paused = True
-            self.transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._paused and self._gone is None:
-            self._paused = False
-            self.transport.resume_reading()
 
     # -- within ---------------------------------------------------------------------------------------
 
