@@ -110,7 +110,7 @@ def judge(flow: http.HTTPFlow, held: bytes | bytearray, ended: bool) -> tuple[Ve
     framing = framing_of(response)
     if framing == "whole" and rec.ask is not None and rec.ask.stream:
         framing = "ndjson" if rec.protocol == "native" else "opaque"
-    if "content-encoding" in response.headers:
+    if first(response.headers, b"content-encoding"):
         framing = "opaque"  # as it is, nothing of it can be read
     return judge_start(framing, held, ended)
 

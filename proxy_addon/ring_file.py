@@ -93,7 +93,7 @@ class RingFile:
                     inode = os.fstat(file.fileno()).st_ino
                     if (inode, file.tell()) != self._end:
                         file.write((b"\n" if file.tell() else b"") + self._header + b"\n")
-                    file.writelines(batch)
+                    file.write(b"".join(batch))  # at once: each write hands the interpreter's lock to and fro
                     file.flush()
                     self._end = inode, file.tell()
         except OSError as exc:
