@@ -81,13 +81,15 @@ def _missing(module: str) -> str:
     return f"the Python module {module} is missing{brings}"
 
 
+HELP = ["-h", "--help"]
+
 app = typer.Typer(
     cls=LazyGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP},
 )
 
 
@@ -107,13 +109,14 @@ def sollol(
 
 
 def _without_assertions() -> None:
-    """Start this process anew under ``python -O``, once: same pid, same arguments.
+    """Start this process anew under ``python -OO``, once: same pid, same arguments.
 
     mitmproxy checks every event and field by assertion, for its own developers; measured, that is a quarter
     of what a small request costs (``make bench``). None of the checks guards against what a client sends.
+    The docstrings of all that is imported are 3 MB; but ours are the text of ``--help``.
     """
-    if sys.flags.optimize == 0:
-        os.execv(sys.executable, [sys.executable, "-O", *sys.orig_argv[1:]])
+    if sys.flags.optimize == 0 and not {*HELP} & {*sys.argv}:
+        os.execv(sys.executable, [sys.executable, "-OO", *sys.orig_argv[1:]])
 
 
 def main() -> None:

@@ -166,7 +166,7 @@ class Crew:
         environ = {name: value for name, value in os.environ.items() if name not in PARENT_ONLY}
         with ours, its:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-O", "-m", "proxy_addon.workers.serve", str(its.fileno()),
+                sys.executable, "-OO", "-m", "proxy_addon.workers.serve", str(its.fileno()),
                 pass_fds=(its.fileno(),), env=environ, process_group=0, stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
             its.close()

@@ -137,9 +137,10 @@ def test_a_command_imports_what_it_needs(args: list[str], loaded: str) -> None:
     assert done.stdout.splitlines()[-1] == f"LOADED {loaded}"
 
 
-def test_the_installed_script() -> None:
+@pytest.mark.parametrize("args", [["--help"], ["proxy", "--help"], ["proxy", "-h"]])
+def test_the_installed_script(args: list[str]) -> None:
     script = Path(sys.executable).with_name("sollol")
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([script, *args], capture_output=True, text=True, check=True, timeout=60)
     assert "Serve the whole fleet as one Ollama server." in done.stdout
 
 

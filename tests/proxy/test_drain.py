@@ -185,7 +185,7 @@ async def test_who_still_waits_at_the_limit_is_told_in_its_protocol(
 
 async def test_the_process_carries_no_assertions(ollama_node: NodeFactory, tmp_path: Path) -> None:
     async with proxy_process(await ollama_node(), tmp_path) as (process, _):
-        assert psutil.Process(process.pid).cmdline()[1] == "-O"
+        assert psutil.Process(process.pid).cmdline()[1] == "-OO"
 
 
 async def test_a_second_signal_ends_it_at_once(ollama_node: NodeFactory, tmp_path: Path) -> None:
