@@ -170,7 +170,7 @@ def conditions(results: Results) -> str:
         f"{about['date']}{quick}; {about['machine']}; `sum(range(1000))` took {about['yardstick_us']:.1f} µs "
         f"(about 10 on an idle desktop), and other programs used {about['foreign_share']:.0%} of the cores "
         f"meanwhile; medians of {about['rounds']} round{'s' * (about['rounds'] > 1)}. "
-        f"{about.get('python', 'Python')}; {', '.join(versions)}."
+        f"{about['python']}; {', '.join(versions)}."
     )
 
 

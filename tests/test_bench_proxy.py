@@ -172,7 +172,7 @@ def figures(name: str, *p50_ms: float, stream_ms: float = 2.0, many: Many | None
 
 MANY = Many(320_000, 320_000, 0, 90.0, 80.0, 10.0, 1000, {}, 1000, 0.6, 100.0, 119.0)
 ABOUT = {
-    "date": "2026-01-01", "quick": False, "rounds": 3, "machine": "2 cores",
+    "date": "2026-01-01", "quick": False, "rounds": 3, "machine": "2 cores", "python": "CPython 3.13.5",
     "yardstick_us": 20.0, "foreign_share": 0.01,
 }  # fmt: skip
 
