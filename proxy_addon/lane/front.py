@@ -158,11 +158,10 @@ class Front:
     def hand_over(self, connection: ClientConnection, data: bytes) -> None:
         """Give a connection to mitmproxy's layers, with ``data`` that it has brought."""
         self.closed(connection)
-        connection.resume()
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
         ordinary = asyncio.StreamReaderProtocol(reader, self._instance.handle_stream, loop=loop)
         connection.transport.set_write_buffer_limits()
-        connection.transport.set_protocol(ordinary)
+        connection.hand_to(ordinary)
         ordinary.connection_made(connection.transport)
         ordinary.data_received(data)

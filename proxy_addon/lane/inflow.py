@@ -35,7 +35,14 @@ class Inflow(asyncio.Protocol):
             self.transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._next_turn)
 
+    def hand_to(self, protocol: asyncio.Protocol) -> None:
+        """Let ``protocol`` have the connection from now on, and read it, whatever was paused here."""
+        self._paused = False
+        self.transport.set_protocol(protocol)
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
     def _next_turn(self) -> None:
-        transport = self.transport
+        transport = self.transport  # which may have been handed on, and paused by whoever has it now
         if not (self._paused or transport.is_closing()) and transport.get_protocol() is self:
             transport.resume_reading()

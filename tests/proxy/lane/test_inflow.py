@@ -130,29 +130,54 @@ def test_who_is_paused_stays_so_until_resumed(paused: str) -> None:
     assert is_body(run(main).came)
 
 
+class Next(asyncio.Protocol):
+    """Is handed a connection."""
+
+    def __init__(self) -> None:
+        self.came = bytearray()
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set_result(exc)
+
+
+class HandsOver(Reader):
+    """Hands its connection to ``following`` when a large piece has come."""
+
+    def __init__(self, *, pause: bool) -> None:
+        super().__init__()
+        self.following = Next()
+        self._pause = pause
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.large_in:
+            self.hand_to(self.following)
+            self.ended.set_result(None)
+            if self._pause:
+                self.transport.pause_reading()
+
+
+def test_what_is_handed_over_is_read_on_by_its_next_owner() -> None:
+    async def main(sink: socket.socket) -> bytearray:
+        reader = await connected(HandsOver(pause=False), sink)
+        await reader.ended
+        await reader.following.ended
+        return reader.came + reader.following.came
+
+    assert is_body(run(main))
+
+
 def test_what_is_handed_over_is_not_read_on_for_its_former_owner() -> None:
     """Its next owner has paused it; who reads it then fills his memory."""
 
-    class Next(asyncio.Protocol):
-        came = 0
-
-        def data_received(self, data: bytes) -> None:
-            self.came += len(data)
-
-    class HandsOver(Reader):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.large_in:
-                self.transport.set_protocol(following)
-                self.transport.pause_reading()
-
-    following = Next()
-
-    async def main(sink: socket.socket) -> None:
-        reader = await connected(HandsOver(), sink)
-        await turns(lambda: reader.large_in)
-        reader.ended.set_result(None)
+    async def main(sink: socket.socket) -> int:
+        reader = await connected(HandsOver(pause=True), sink)
+        await turns(reader.ended.done)
         reader.transport.abort()
+        return len(reader.following.came)
 
-    run(main)
-    assert not following.came
+    assert run(main) == 0

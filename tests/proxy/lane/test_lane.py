@@ -142,6 +142,24 @@ async def test_what_is_not_plain_goes_the_ordinary_way(proxy: RunningProxy, requ
     assert orjson.loads(body)["version"]
 
 
+@pytest.mark.parametrize(
+    "line", [b"POST /api/generate HTTP/1.0", b"POST http://localhost/api/generate HTTP/1.1"]
+)
+async def test_what_is_not_plain_and_large_arrives_whole(
+    proxy: RunningProxy, node: FakeOllama, line: bytes
+) -> None:
+    """The first piece is large, after which the lane would rest, and is handed to the layers at once."""
+    client = await Client.to(proxy)
+    prompt = "[[id:a]] [[n:5]]" + " word" * (256 << 10)
+    sent = request_bytes("/api/generate", {"model": "llama3.2", "prompt": prompt, "stream": False})
+    client.writer.write(line + sent[sent.index(b"\r\n") :])
+    status, _, body = await client.answer()
+    assert status == 200
+    assert check_stream(text_of(body), "[[id:a]] [[n:5]]") == 5
+    [received] = node.requests("/api/generate")
+    assert orjson.loads(received.body)["prompt"] == prompt
+
+
 async def test_a_request_in_pieces_is_one(proxy: RunningProxy) -> None:
     client = await Client.to(proxy)
     for byte in chat("a"):
